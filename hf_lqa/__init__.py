@@ -1,0 +1,24 @@
+"""Fine-tuning without choosing a learning rate: local quadratic approximation (LQA) for Transformers and PyTorch."""
+
+from .optimizer import LQA, ProbeRecord
+from .quadratic import Fit, Verdict, fit_losses, fit_slopes
+from .registration import register
+from .replay import ReplayedLoss
+from .trainer import LQASeq2SeqTrainer, LQATrainer, LQATrainerMixin
+
+__all__ = [
+    "LQA",
+    "Fit",
+    "LQASeq2SeqTrainer",
+    "LQATrainer",
+    "LQATrainerMixin",
+    "ProbeRecord",
+    "ReplayedLoss",
+    "Verdict",
+    "fit_losses",
+    "fit_slopes",
+]
+
+__version__ = "0.1.0"
+
+register()

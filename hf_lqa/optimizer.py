@@ -1,0 +1,358 @@
+"""`LQA`: any `torch.optim.Optimizer`, with its learning rate measured instead of given."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .direction import Direction, full, mean_over_ranks
+from .policy import POLICIES, Policy
+from .quadratic import Fit, Verdict, fit_losses
+
+#: Keys under which LQA's state travels in the base optimizer's `state_dict`.
+_GROUP_KEY, _DIRECTION_KEY = "lqa", "lqa_direction"
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """What one probe measured. Losses are NaN where they were not taken.
+
+    Attributes:
+        step: the optimizer step at which it was taken, counted from 0.
+        radius: the probe radius in units of the direction.
+        loss_minus, loss_center, loss_plus: losses at ``-radius``, 0 and ``radius`` along the direction.
+        fit: the parabola through them.
+    """
+
+    step: int
+    radius: float
+    loss_minus: float
+    loss_center: float
+    loss_plus: float
+    fit: Fit
+
+
+class LQA(torch.optim.Optimizer):
+    """Differs from its base optimizer in one thing: the learning rate of a step is what probes of the loss say.
+
+    ::
+
+        optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))
+        closure = ReplayedLoss(model)
+        closure.record(compute_loss, batch).backward()
+        optimizer.step(closure)
+
+    A step moves the weights by ``step_size * lr_g * d``, where ``d`` is the base optimizer's update at unit learning
+    rate and ``lr_g`` the group's ``lr``, a *multiplier*: 1.0 by default, scaled by learning-rate schedulers, different
+    between groups if some should learn slower. On steps without a probe this is ``base.step()`` with the learning rate
+    ``step_size * lr_g`` and nothing else.
+
+    Args:
+        base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
+            state are shared with it.
+        policy: ``"cross_batch"`` (averaged, the default) or ``"paper"`` (arXiv 2004.03260 to the letter).
+        options: the policy's arguments, see `hf_lqa.policy`.
+
+    Attributes:
+        step_size: the step size last applied, in units of the direction, schedule included; `None` before any.
+        last_fit: the `Fit` of the last probe, `None` before any.
+        last_probe: its `ProbeRecord`.
+        last_end_slope: slope at the end of the last probed step, on the batch after it; `None` before any.
+        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict.
+
+    Raises:
+        ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `policy` is unknown, or an
+            option is unknown or out of range.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, policy: str = "cross_batch", **options: Any):
+        if isinstance(base, torch.optim.LBFGS):
+            raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
+        if not any(group["params"] for group in base.param_groups):
+            raise ValueError("base has no parameters: every parameter of the model is frozen (requires_grad=False)")
+        if any("lr" not in group for group in base.param_groups):
+            raise ValueError(f"base={type(base).__name__}: its param groups have no 'lr', which LQA sets")
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r}: must be one of {', '.join(sorted(POLICIES))}")
+        if max(float(group["lr"]) for group in base.param_groups) < 0.1:
+            warnings.warn(
+                f"The base optimizer's lr is {float(base.param_groups[0]['lr'])}. Under LQA it multiplies the step size"
+                " that was measured: construct the base optimizer with lr=1.0 unless that is what you want.",
+                stacklevel=2,
+            )
+        self.base = base
+        self.policy: Policy = POLICIES[policy](**options)
+        self.step_size: float | None = None
+        self.last_probe: ProbeRecord | None = None
+        self.last_end_slope: float | None = None
+        self.counts: dict[str, int] = dict.fromkeys(
+            ["steps", "skipped", "probe_forwards", *(v.value for v in Verdict)], 0
+        )
+        #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
+        self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
+        #: Wall-clock time spent in probes.
+        self.probe_seconds = 0.0
+        self._direction: Direction | None = None
+        self._armed: Callable[[], Tensor] | None = None
+        self._clipping: tuple[Tensor | float, float] | None = None
+        # Not super().__init__(): the groups are the base's own objects, which are complete already.
+        self.defaults = base.defaults
+        super().__setstate__({})
+
+    # Shared with the base optimizer, also when somebody (FSDP2 under Accelerate, a checkpoint) replaces them.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_armed", "_clipping")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_armed": None, "_clipping": None})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    @property
+    def last_fit(self) -> Fit | None:
+        return self.last_probe.fit if self.last_probe is not None else None
+
+    @property
+    def rejected(self) -> int:
+        """Number of probes so far whose fit gave no step size."""
+        return sum(self.counts[v.value] for v in Verdict if not v.usable)
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether the next step will call its closure. Nothing needs to be recorded for one that will not."""
+        return self.policy.wants_probe(self.counts["steps"])
+
+    def arm(self, closure: Callable[[], Tensor] | None) -> None:
+        """Provide the closure of the next `step`, for loops that call it without (`None`: take it back)."""
+        self._armed = closure
+
+    def observe_clipping(self, grad_norm: Tensor | float, max_norm: float) -> None:
+        """Tell the next `step` that its gradients had the norm `grad_norm` and were then clipped to `max_norm`.
+
+        With it slopes are those of the loss, not of the clipped gradients; and gradients with a norm that is not
+        finite are not applied.
+        """
+        self._clipping = grad_norm, max_norm
+
+    def _lr(self) -> list[float]:
+        return [float(group["lr"]) for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        """Advance the base optimizer once, at the step size that was measured.
+
+        Args:
+            closure: returns the loss at the present weights as a 0-dim tensor, without gradient and the same whenever it
+                is called at the same weights (`ReplayedLoss` makes one). If it has an attribute ``loss``, that is taken
+                for the loss at the origin. Called on probe steps only. A closure that raises leaves everything as it was
+                before the step.
+
+        Raises:
+            ValueError: no closure, and nothing was ever measured.
+        """
+        closure = closure if closure is not None else self._armed
+        lr = self._lr()
+        multiplier = max(lr)
+        if multiplier <= 0 or not self._has_gradient():
+            # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
+            self.base.step()
+            self.step_size = 0.0
+            self._disarm()
+            return
+        clip = 1.0
+        if self._clipping is not None:
+            norm, max_norm = float(_scalar(self._clipping[0])), self._clipping[1]
+            if not math.isfinite(norm):
+                self._skip()
+                return
+            clip = min(1.0, max_norm / (norm + 1e-6))
+        # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
+        end_slope: float | None = None
+        if self._direction is not None:
+            (end_slope,) = self._read(self._direction.slope() / clip)
+        direction, probe, slope = None, None, 0.0
+        if self.wants_probe:
+            if closure is None and self.policy.step_size is None:
+                raise ValueError(
+                    "step() was called without a closure before any step size was measured: pass a closure that"
+                    " returns the loss, e.g. hf_lqa.ReplayedLoss"
+                )
+            if closure is not None:
+                begun = time.perf_counter()
+                direction, probe, slope = self._probe(closure, [x / multiplier for x in lr], clip)
+                self.probe_seconds += time.perf_counter() - begun
+        if not all(math.isfinite(s) for s in (end_slope or 0.0, slope)):
+            self._skip()
+            return
+        if end_slope is not None:
+            self.last_end_slope, self._direction = end_slope, None
+            self.policy.observe_end(end_slope)
+        if probe is not None:
+            self.last_probe = probe
+            self.counts[probe.fit.verdict.value] += 1
+            self.policy.observe_probe(probe.fit, probe.radius)
+        self._advance(self.policy.step_size or 0.0, multiplier)
+        if direction is not None and self.policy.needs_end_slope:
+            direction.commit()
+            self._direction = direction
+        self._disarm()
+
+    def _probe(
+        self, closure: Callable[[], Tensor], lr: list[float], clip: float
+    ) -> tuple[Direction, ProbeRecord | None, float]:
+        """Measure along the direction at relative rates `lr`: (direction, record, ``<gradient, direction>``)."""
+        direction = Direction(self.base, lr)
+        known: Tensor | None = getattr(closure, "loss", None)
+        center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
+        forwards = 0 if known is not None else 1
+        radius = self.policy.radius(center, slope)
+        minus = plus = math.nan
+        if radius is None:
+            verdict = Verdict.NON_DESCENT if math.isfinite(center) and math.isfinite(slope) else Verdict.NON_FINITE
+            probe = ProbeRecord(
+                self.counts["steps"], math.nan, minus, center, plus, Fit(slope, math.nan, None, verdict)
+            )
+        else:
+            try:
+                direction.move_to(-radius)
+                behind = closure()
+                direction.move_to(radius)
+                ahead = closure()
+            finally:
+                direction.restore()
+            minus, plus = self._read(behind, ahead)
+            forwards += 2
+            fit = fit_losses(
+                minus,
+                center,
+                plus,
+                radius,
+                noise=self._relative_noise(closure) * abs(center),
+                max_step=self.policy.max_step(center, slope),
+            )
+            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
+        self.counts["probe_forwards"] += forwards
+        return direction, probe, slope
+
+    def _advance(self, step_size: float, multiplier: float) -> None:
+        """`base.step()` at learning rates ``step_size * lr``."""
+        lr = [group["lr"] for group in self.param_groups]
+        try:
+            for group, value in zip(self.param_groups, lr, strict=True):
+                group["lr"] = value * step_size
+            self.base.step()
+        finally:
+            for group, value in zip(self.param_groups, lr, strict=True):
+                group["lr"] = value
+        self.step_size = step_size * multiplier
+        self.counts["steps"] += 1
+
+    def _skip(self) -> None:
+        """Leave weights and base optimizer alone: the gradient is not finite."""
+        self.counts["steps"] += 1
+        self.counts["skipped"] += 1
+        self._disarm()
+
+    def _disarm(self) -> None:
+        self._armed = self._clipping = None
+
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
+
+    def _read(self, *values: Tensor | float) -> list[float]:
+        """Scalars as Python floats, averaged over ranks: one collective, one synchronisation."""
+        device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        scalars = [torch.as_tensor(_scalar(v), device=device).detach().to(dtype).reshape(()) for v in values]
+        return self.reduce(torch.stack(scalars)).tolist()
+
+    def _relative_noise(self, closure: Callable[[], Tensor]) -> float:
+        known: float | None = getattr(closure, "relative_noise", None)
+        if known is not None:
+            return known
+        return max(torch.finfo(p.dtype).eps for group in self.param_groups for p in group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
+
+        There it survives every checkpoint format that keeps optimizers, FSDP's included. The direction of a step whose
+        end slope is still to be measured travels with the state of the parameters.
+        """
+        state_dict = self.base.state_dict()
+        own = {
+            "policy": self.policy.state_dict(),
+            "counts": dict(self.counts),
+            "step_size": self.step_size,
+            "end_slope": self.last_end_slope,
+            "pending": self._direction is not None,
+            "probe": None if self.last_probe is None else _to_plain(self.last_probe),
+        }
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        groups[0][_GROUP_KEY] = own
+        state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+        if self._direction is not None:
+            for i, d in self._direction.by_index(self.param_groups).items():
+                state.setdefault(i, {})[_DIRECTION_KEY] = d
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: it was saved by an optimizer other than LQA.
+        """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        own = groups[0].pop(_GROUP_KEY, None) if groups else None
+        if own is None:
+            raise ValueError(
+                f"state_dict['param_groups'][0] has no {_GROUP_KEY!r}: it was saved by another optimizer than LQA. Start"
+                " without the optimizer's checkpoint, or load it into the base optimizer"
+            )
+        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        self.policy.load_state_dict(own["policy"])
+        self.counts.update(own["counts"])
+        self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
+        self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
+        # Cast and placed by the base's load_state_dict like its own state.
+        directions = {p: s.pop(_DIRECTION_KEY) for p, s in self.state.items() if _DIRECTION_KEY in s}
+        self._direction = Direction.restored(directions) if own["pending"] else None
+
+
+def _scalar(value: Tensor | float) -> Tensor | float:
+    """`value`, gathered if it is sharded."""
+    return full(value) if isinstance(value, Tensor) else value
+
+
+def _to_plain(probe: ProbeRecord) -> dict[str, Any]:
+    plain = asdict(probe)
+    plain["fit"]["verdict"] = probe.fit.verdict.value
+    return plain
+
+
+def _from_plain(plain: dict[str, Any]) -> ProbeRecord:
+    fit = Fit(**{**plain["fit"], "verdict": Verdict(plain["fit"]["verdict"])})
+    return ProbeRecord(**{**plain, "fit": fit})

@@ -1,0 +1,156 @@
+"""How fits become the step size: the published rule, and the averaged one that is the default for fine-tuning.
+
+A policy sees floats only. Before a probe it says how far to probe (`radius`); after it, `observe_probe` takes the fit;
+at the next training step, `observe_end` takes the slope that the next batch's gradient measured at the end of the step
+that was probed. `step_size` is what the next step should use, `None` until something was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from .quadratic import Fit, Verdict
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: {allowed}")
+
+
+@dataclass
+class PaperPolicy:
+    """The published rule: at every step, the minimiser of this batch's parabola (arXiv 2004.03260, Algorithm 1).
+
+        step_size = -slope / curvature,     the last step size where the fit gave none
+
+    Before any fit was usable the probe radius itself is the step size: along it the loss falls to first order by the
+    share `tau`. The minimiser is clamped at ``2 |loss| / |slope|``, where a parabola that stays positive must have
+    turned: no loss that is bounded below by 0 has its minimum beyond.
+
+    Args:
+        tau: the probe radius is where the loss changes by this share to first order, ``tau |loss| / |slope|``;
+            in (0, 1).
+        probe_interval: probe every so many steps, ``>= 1``.
+        probe_radius: a fixed probe radius, in units of the direction, ``> 0``; `None` for the rule above.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    name: ClassVar[str] = "paper"
+    #: Whether `observe_end` is needed: it costs a copy of the direction between two steps.
+    needs_end_slope: ClassVar[bool] = False
+    _MAX_RADIUS_SCALE: ClassVar[float] = 16.0
+
+    tau: float = 0.03
+    probe_interval: int = 1
+    probe_radius: float | None = None
+    step_size: float | None = field(default=None, init=False)
+    #: Factor of the radius, doubled while the losses' differences drown in rounding errors.
+    radius_scale: float = field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.tau, (int, float)) and 0 < self.tau < 1, "tau", self.tau, "must be in (0, 1)")
+        _require(
+            isinstance(self.probe_interval, int) and self.probe_interval >= 1,
+            "probe_interval",
+            self.probe_interval,
+            "must be an integer >= 1",
+        )
+        _require(
+            self.probe_radius is None or (math.isfinite(self.probe_radius) and self.probe_radius > 0),
+            "probe_radius",
+            self.probe_radius,
+            "must be a finite number > 0, or None for the rule",
+        )
+
+    def wants_probe(self, step: int) -> bool:
+        """Whether step number `step` (from 0) should be probed. The same on all ranks: it depends on counts alone."""
+        return self.step_size is None or step % self.probe_interval == 0
+
+    def radius(self, loss: float, slope: float) -> float | None:
+        """The probe radius in units of the direction, from the training loss and ``<gradient, direction>``.
+
+        `None` where there is none: no finite positive distance changes this loss by the share `tau`.
+        """
+        if self.probe_radius is not None:
+            return self.probe_radius
+        if slope == 0 or not (math.isfinite(loss) and math.isfinite(slope)):
+            return None
+        radius = self.radius_scale * self.tau * abs(loss) / abs(slope)
+        return radius if math.isfinite(radius) and radius > 0 else None
+
+    def max_step(self, loss: float, slope: float) -> float:
+        """The largest step size that a fit may give: ``2 |loss| / |slope|``, in units of the direction."""
+        bound = 2 * abs(loss) / abs(slope) if slope != 0 else math.inf
+        return bound if bound > 0 else math.inf
+
+    def observe_probe(self, fit: Fit, radius: float) -> None:
+        """Take the fit of a probe at `radius`."""
+        self._adapt_radius(fit)
+        if fit.step_size:
+            self.step_size = fit.step_size
+        elif self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
+            self.step_size = radius
+
+    def _adapt_radius(self, fit: Fit) -> None:
+        if fit.verdict is Verdict.BELOW_NOISE:
+            self.radius_scale = min(2 * self.radius_scale, self._MAX_RADIUS_SCALE)
+        elif fit.verdict.usable:
+            self.radius_scale = max(self.radius_scale / 2, 1.0)
+        elif fit.verdict is Verdict.NON_FINITE:
+            self.radius_scale = 1.0
+
+    def cadence(self) -> str:
+        """When it probes, in words."""
+        return f"a probe every {self.probe_interval} steps" if self.probe_interval > 1 else "a probe at every step"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes in training, as floats, in a form that every checkpoint format can hold."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for f in fields(self):
+            if not f.init:
+                setattr(self, f.name, state[f.name])
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of this policy, by name."""
+        return {k: v for k, v in asdict(self).items() if k in {f.name for f in fields(self) if f.init}}
+
+
+@dataclass
+class CrossBatchPolicy(PaperPolicy):
+    """Differs from `PaperPolicy` in where the parabola's second condition comes from: the next batch's gradient."""
+
+    name: ClassVar[str] = "cross_batch"
+    needs_end_slope: ClassVar[bool] = True
+
+    probe_interval: int = 4
+    decay: float = 0.9
+    max_factor: float = 1.5
+    start_slope: float | None = field(default=None, init=False)
+    mean_start: float = field(default=0.0, init=False)
+    mean_end: float = field(default=0.0, init=False)
+
+    def observe_probe(self, fit: Fit, radius: float) -> None:
+        self._adapt_radius(fit)
+        if self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
+            self.step_size = radius if math.isfinite(radius) else None
+        self.start_slope = fit.slope if math.isfinite(fit.slope) else None
+
+    def observe_end(self, slope: float) -> None:
+        """Take the slope at the end of the probed step, ``<next batch's gradient, direction>``."""
+        if self.start_slope is None or self.step_size is None:
+            return
+        self.mean_start = self.decay * self.mean_start + (1 - self.decay) * abs(self.start_slope)
+        self.mean_end = self.decay * self.mean_end + (1 - self.decay) * slope
+        if self.mean_start > 0:
+            factor = 1 - self.mean_end / self.mean_start
+            self.step_size *= min(max(factor, 1 / self.max_factor), self.max_factor)
+
+
+Policy = PaperPolicy
+POLICIES: dict[str, type[PaperPolicy]] = {p.name: p for p in (PaperPolicy, CrossBatchPolicy)}

@@ -1,0 +1,176 @@
+"""One training step of a Trainer, recorded so that its loss can be computed again at other weights.
+
+The probe's objective is the sum over the step's micro-batches of exactly the scalars that `training_step`
+back-propagated. They are recorded where they pass: inputs at ``compute_loss``, the scalar at ``accelerator.backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .replay import ReplayedLoss, Surroundings
+
+#: Containers larger than this are data, not counters, and are not searched for side effects.
+_MAX_CONTAINER = 4096
+
+
+def copy_containers(value: Any) -> Any:
+    """`value` with its dicts, lists and mappings copied and everything else, tensors above all, shared.
+
+    ``compute_loss`` may pop from its inputs or write to them.
+    """
+    if isinstance(value, dict):
+        copied = value.copy()
+        for k, v in value.items():
+            copied[k] = copy_containers(v)
+        return copied
+    if type(value) in (list, set):
+        return type(value)(copy_containers(v) for v in value) if len(value) <= _MAX_CONTAINER else value
+    if isinstance(value, Mapping) and hasattr(value, "data"):  # BatchEncoding, BatchFeature: a UserDict
+        copied = value.copy()
+        copied.data = copy_containers(value.data)
+        return copied
+    return value
+
+
+@contextmanager
+def attributes_kept(owner: object) -> Iterator[None]:
+    """Leave an object's own counters as they were: numbers, small tensors, and dicts, lists, sets of such, in place.
+
+    TRL's trainers, sentence-transformers' and many a subclass count tokens or collect metrics in ``compute_loss``; a
+    probe must not count. Objects, data sets and large containers are left alone.
+    """
+    bindings = dict(vars(owner))
+    contents = []
+    for value in bindings.values():
+        if isinstance(value, Tensor) and value.numel() <= _MAX_CONTAINER:
+            contents.append((value, value.detach().clone()))
+        elif isinstance(value, (dict, list, set)) and len(value) <= _MAX_CONTAINER:
+            contents.append((value, copy_containers(value)))
+    try:
+        yield
+    finally:
+        for value, saved in contents:
+            if isinstance(value, Tensor):
+                with torch.no_grad():
+                    value.copy_(saved)
+            elif isinstance(value, list):
+                value[:] = saved
+            else:
+                value.clear()
+                value.update(saved)
+        for name in [name for name in vars(owner) if name not in bindings]:
+            delattr(owner, name)
+        for name, value in bindings.items():
+            if vars(owner).get(name, owner) is not value:
+                setattr(owner, name, value)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free the unsharded weights of FSDP2 modules, or the next forward would use the weights from before a move.
+
+    The root group keeps its weights gathered after a forward without gradient.
+    """
+    for module in model.modules():
+        reshard: Callable[[], None] | None = getattr(module, "reshard", None)
+        if reshard is not None and hasattr(module, "unshard"):
+            reshard()
+
+
+class TrainerProbe(ReplayedLoss):
+    """Differs from `ReplayedLoss` in what it leaves untouched: also the Trainer's own counters, and FSDP2's shards.
+
+    Args:
+        trainer: the Trainer; its ``compute_loss`` is what is replayed.
+        model: the model as ``training_step`` gets it, wrapped for several processes.
+        weight: as in `ReplayedLoss`.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, weight: float = 1.0):
+        super().__init__(model, weight)
+        self._trainer = trainer
+
+    def __call__(self) -> Tensor:
+        _reshard(self.model)
+        try:
+            with attributes_kept(self._trainer):
+                return super().__call__()
+        finally:
+            _reshard(self.model)
+
+
+@contextmanager
+def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
+    """Record the micro-batch that the body's ``training_step`` computes and back-propagates into `probe`.
+
+    Raises:
+        ValueError: ``training_step`` did not call ``compute_loss`` and ``accelerator.backward`` once each.
+    """
+    calls: list[tuple[Callable[[], Tensor], Surroundings, Tensor]] = []
+    scalars: list[Tensor] = []
+    compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
+
+    def recording_compute_loss(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        kept, surroundings = copy_containers(inputs), probe.surroundings()
+        result = compute_loss(model, inputs, *args, **kwargs)
+
+        def compute() -> Tensor:
+            again = compute_loss(model, copy_containers(kept), *args, **kwargs)
+            return again[0] if isinstance(again, tuple) else again
+
+        calls.append((compute, surroundings, (result[0] if isinstance(result, tuple) else result).detach()))
+        return result
+
+    def recording_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scalars.append(loss.detach())
+        return backward(loss, *args, **kwargs)
+
+    with _shadowed(trainer, "compute_loss", recording_compute_loss):
+        with _shadowed(trainer.accelerator, "backward", recording_backward):
+            yield
+    if len(calls) != 1 or len(scalars) != 1:
+        raise ValueError(
+            f"{type(trainer).__name__}.training_step called compute_loss {len(calls)} times and accelerator.backward"
+            f" {len(scalars)} times: LQA can replay a loss only if each is called once per micro-batch. Use another"
+            " --optim with this Trainer"
+        )
+    (compute, surroundings, computed), (scalar,) = calls[0], scalars
+    scaling = _scaling(computed, scalar, getattr(trainer, "current_gradient_accumulation_steps", 1))
+    probe.add(lambda: scaling(compute()), surroundings, scalar)
+
+
+def _scaling(computed: Tensor, scalar: Tensor, steps: int) -> Callable[[Tensor], Tensor]:
+    """What ``training_step`` did to the loss it computed before it back-propagated it."""
+    # Recomputed with the same operation, so that a replay at the origin gives the training loss bit for bit.
+    if computed.numel() == 1:
+        if torch.equal(computed.reshape(()), scalar.reshape(())):
+            return lambda loss: loss
+        if torch.equal((computed / steps).reshape(()), scalar.reshape(())):
+            return lambda loss: loss / steps
+    if torch.equal(computed.mean(), scalar.reshape(())):
+        return lambda loss: loss.mean()
+    if torch.equal(computed.mean() / steps, scalar.reshape(())):
+        return lambda loss: loss.mean() / steps
+    # Some other factor. NaN, and so a non-finite probe, if the loss was 0 or not finite.
+    factor = float(scalar) / float(computed.mean()) if float(computed.mean()) else float("nan")
+    return lambda loss: loss.mean() * factor
+
+
+@contextmanager
+def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an instance attribute over a method, for the duration."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,211 @@
+"""The Trainer side: records each training step and provides its loss to the optimizer's probes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+
+from .optimizer import LQA
+from .options import parse_options
+from .probe import TrainerProbe, recorded
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class LQATrainerMixin(_Base):
+    """Differs from a Trainer in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``.
+
+    Put it before any Trainer class: ``class MyTrainer(LQATrainerMixin, SFTTrainer): ...``. With another ``optim`` it
+    changes nothing, except that an `LQA` given as ``optimizers=(lqa, None)`` gets its probes too.
+
+    Raises:
+        ValueError: the set-up is one that LQA cannot step right in; the message names the argument, its value and the
+            remedy.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._lqa_setup()
+
+    def _lqa_setup(self) -> None:
+        """What `__init__` adds to the parent's; apart, because the runner gives Trainers this class while they are built."""
+        self._lqa_probe: TrainerProbe | None = None
+        self._lqa_options = parse_options(self.args)
+        if self._lqa_options is None and self.lqa is None:
+            return
+        refuse_unsupported(self)
+        self.add_callback(Announcement(self))
+        clip_grad_norm = self.accelerator.clip_grad_norm_
+
+        def observed_clip_grad_norm(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+            norm = clip_grad_norm(parameters, max_norm, *args, **kwargs)
+            if (lqa := self.lqa) is not None and norm is not None:
+                lqa.observe_clipping(norm, max_norm)
+            return norm
+
+        self.accelerator.clip_grad_norm_ = observed_clip_grad_norm
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """For LQA's names, the parent's own code builds the base optimizer at unit learning rate; `LQA` goes around it."""
+        options = self._lqa_options
+        if options is None or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        own_args = self.args
+        self.args = copy.copy(own_args)
+        self.args.optim, self.args.optim_args, self.args.learning_rate = options.base, options.base_args, 1.0
+        try:
+            base = super().create_optimizer(*args, **kwargs)
+        finally:
+            self.args = own_args
+        self.optimizer = LQA(base, options.policy, **options.policy_options)
+        return self.optimizer
+
+    @property
+    def lqa(self) -> LQA | None:
+        """The `LQA` optimizer inside whatever Accelerate has wrapped around it; `None` if another one is used."""
+        optimizer = self.optimizer
+        while optimizer is not None and not isinstance(optimizer, LQA):
+            optimizer = getattr(optimizer, "optimizer", None)
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's forward and backward; on probe steps recorded, so that the optimizer can replay them."""
+        lqa = self.lqa
+        if lqa is None or not lqa.wants_probe:
+            return super().training_step(model, inputs, *args, **kwargs)
+        total = getattr(self, "current_gradient_accumulation_steps", 1)
+        wanted = total
+        if self._lqa_options is not None and self._lqa_options.probe_micro_batches is not None:
+            wanted = min(total, self._lqa_options.probe_micro_batches)
+        if self._lqa_probe is None:
+            # The micro-batches that are probed stand for all.
+            self._lqa_probe = TrainerProbe(self, model, weight=total / wanted)
+            lqa.arm(None)
+        with recorded(self, self._lqa_probe) if len(self._lqa_probe) < wanted else contextlib.nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            lqa.arm(self._lqa_probe)
+            self._lqa_probe = None
+        return loss
+
+    def _get_learning_rate(self) -> float:
+        """The step size that was applied, schedule included; the scheduler's own number is only its factor."""
+        if (lqa := self.lqa) is None:
+            return super()._get_learning_rate()
+        return lqa.step_size or 0.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if (lqa := self.lqa) is not None and "loss" in logs:
+            logs.update(measurements(lqa))
+        super().log(logs, *args, **kwargs)
+
+
+def measurements(lqa: LQA) -> dict[str, float]:
+    """What is logged beside the loss. Values of the last probe are left out until there is one, or where not finite."""
+    found: dict[str, float | None] = {
+        "lqa_step_size": lqa.step_size,
+        "lqa_end_slope": lqa.last_end_slope,
+        "lqa_rejected": lqa.rejected,
+        "lqa_skipped": lqa.counts["skipped"],
+        "lqa_probe_forwards": lqa.counts["probe_forwards"],
+    }
+    if (probe := lqa.last_probe) is not None:
+        found |= {
+            "lqa_slope": probe.fit.slope,
+            "lqa_curvature": probe.fit.curvature,
+            "lqa_probe_radius": probe.radius,
+            "lqa_probe_step": probe.step + 1,
+            "lqa_loss_minus": probe.loss_minus,
+            "lqa_loss_center": probe.loss_center,
+            "lqa_loss_plus": probe.loss_plus,
+        }
+    return {k: v for k, v in found.items() if v is not None and v == v and abs(v) != float("inf")}
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Refuse the set-ups in which a probe could not be right.
+
+    Raises:
+        ValueError: with the argument, its value and the remedy.
+    """
+    args, name = trainer.args, _value(trainer.args.optim)
+    parallelism = getattr(args, "parallelism_config", None)
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r} with optim={name!r}: DeepSpeed steps inside backward, so there is nothing to"
+            " probe between gradient and step. Use FSDP2 (configs/accelerate/fsdp2.yaml) or another --optim"
+        )
+    for size in ("cp_size", "sp_size"):
+        if (value := getattr(parallelism, size, 1) or 1) > 1:
+            raise ValueError(
+                f"parallelism_config.{size}={value} with optim={name!r}: inputs are split inside a context that ends"
+                " before the step, and a probe could not enter it again. Use data parallelism or another --optim"
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu={args.n_gpu} with optim={name!r}: nn.DataParallel draws its dropout masks in threads, and a probe"
+            " could not repeat them. Use `torchrun --nproc_per_node N` or set CUDA_VISIBLE_DEVICES to one device"
+        )
+    if trainer.accelerator.distributed_type == DistributedType.XLA or trainer.is_fsdp_xla_enabled:
+        raise ValueError(
+            f"distributed_type={trainer.accelerator.distributed_type.value!r} with optim={name!r}: XLA traces steps"
+            " ahead, and probes need their losses at once. Use another --optim"
+        )
+
+
+class Announcement(TrainerCallback):
+    """Differs from a plain callback in that it says, before and after training, what LQA will do and has done."""
+
+    def __init__(self, trainer: LQATrainerMixin):
+        self._trainer = trainer
+        self._begun = 0.0
+        self._rates: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun, self._rates = time.perf_counter(), []
+        lqa = self._trainer.lqa
+        if lqa is None or not state.is_world_process_zero:
+            return
+        print(
+            f"LQA: {type(lqa.base).__name__} direction, policy {lqa.policy.name}, {lqa.policy.cadence()};"
+            f" --learning_rate ({args.learning_rate:g}) is not used, the {_value(args.lr_scheduler_type)} schedule"
+            " multiplies the measured step size.",
+            flush=True,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (lqa := self._trainer.lqa) is not None and lqa.step_size:
+            self._rates.append(lqa.step_size)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lqa = self._trainer.lqa
+        if lqa is None or not state.is_world_process_zero or not self._rates:
+            return
+        share = lqa.probe_seconds / max(time.perf_counter() - self._begun, 1e-9)
+        print(
+            f"LQA: learning rates {min(self._rates):.2g} to {max(self._rates):.2g}, {lqa.counts['probe_forwards']} probe"
+            f" forwards, {lqa.rejected} fits rejected, {lqa.counts['skipped']} steps skipped, {share:.1%} of the time.",
+            flush=True,
+        )
+
+
+def _value(name: Any) -> str:
+    return str(getattr(name, "value", name))
+
+
+class LQATrainer(LQATrainerMixin, Trainer):
+    """Differs from `Trainer` in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
+
+
+class LQASeq2SeqTrainer(LQATrainerMixin, Seq2SeqTrainer):
+    """Differs from `Seq2SeqTrainer` in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
