@@ -1,0 +1,283 @@
+"""``python -m hf_lqa.plot OUTPUT_DIR``: what a run measured and chose, from its ``trainer_state.json`` alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .quadratic import Fit, Verdict, fit_losses
+
+#: Okabe and Ito's colours in an order of falling darkness, each with its own line style: they work in grey, too.
+_STYLES = [
+    ("#000000", "-"),
+    ("#0072B2", "--"),
+    ("#D55E00", "-."),
+    ("#009E73", ":"),
+    ("#E69F00", "-"),
+    ("#56B4E9", "--"),
+]
+_DARK, _BLUE, _ORANGE = "#000000", "#0072B2", "#E69F00"
+_MARKERS = dict(zip(Verdict, "o^vXDs", strict=True))
+
+
+def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The log of a run: ``trainer_state.json`` of the folder itself or of its last ``checkpoint-*``.
+
+    Raises:
+        ValueError: there is none, or it has no training loss.
+    """
+    folder = Path(output_dir)
+    checkpoints = [p for p in folder.glob("checkpoint-*/trainer_state.json") if p.parent.name[11:].isdigit()]
+    checkpoints.sort(key=lambda p: int(p.parent.name[11:]))
+    path = next((p for p in (folder / "trainer_state.json", *reversed(checkpoints)) if p.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"OUTPUT_DIR={str(output_dir)!r}: no trainer_state.json in it or in a checkpoint-*; give the --output_dir of"
+            " a run, and call trainer.save_state() after training or save checkpoints"
+        )
+    log: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    if not any("loss" in entry for entry in log):
+        raise ValueError(
+            f"OUTPUT_DIR={str(output_dir)!r}: {path.name} has no training loss; train with --logging_steps"
+        )
+    return log
+
+
+def probes(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per logged probe, with its ``fit``: an entry of the log shows the last probe before it."""
+    found: list[dict[str, Any]] = []
+    rejected = forwards = 0
+    for entry in log:
+        step = entry.get("lqa_probe_step")
+        if step is None or (found and step == found[-1]["lqa_probe_step"]):
+            continue
+        fit = _fit(entry)
+        # The rounding error is not logged; that the fit was refused all the same is.
+        since = entry["lqa_probe_forwards"] - forwards
+        if fit.verdict.usable and since > 0 and 2 * (entry["lqa_rejected"] - rejected) >= since:
+            fit = Fit(fit.slope, fit.curvature, None, Verdict.BELOW_NOISE)
+        rejected, forwards = entry["lqa_rejected"], entry["lqa_probe_forwards"]
+        found.append({**entry, "fit": fit})
+    return found
+
+
+def _fit(entry: dict[str, Any]) -> Fit:
+    names = ("lqa_loss_minus", "lqa_loss_center", "lqa_loss_plus", "lqa_probe_radius")
+    minus, center, plus, radius = (entry.get(name, math.nan) for name in names)
+    if not radius > 0:
+        return Fit(entry.get("lqa_slope", math.nan), math.nan, None, Verdict.NON_FINITE)
+    fit = fit_losses(minus, center, plus, radius)
+    # As `PaperPolicy.max_step` bounds it.
+    bound = 2 * abs(center) / abs(fit.slope) if fit.slope else math.inf
+    return fit_losses(minus, center, plus, radius, max_step=bound) if bound > 0 else fit
+
+
+def plot(
+    output_dir: str | Path,
+    compare: Sequence[str | Path] = (),
+    *,
+    probe: int | None = None,
+    output: str | Path | None = None,
+    show: bool = False,
+) -> Path:
+    """Draw a run and return the path of the picture.
+
+    Args:
+        output_dir: a run's ``output_dir``, with a ``trainer_state.json`` in it or in its last checkpoint.
+        compare: more of them: loss and learning rate of all in one picture. They may be of any optimizer.
+        probe: draw the parabola that was measured at this step instead.
+        output: where to; ``OUTPUT_DIR/lqa.png``, ``lqa_compare.png`` or ``lqa_probe_STEP.png`` if not given.
+        show: open a window, too.
+
+    Raises:
+        ValueError: there is no log, or no probe of that step in it.
+        ImportError: matplotlib is not installed.
+    """
+    figure_class = _figure_class(show)
+    log = read_log(output_dir)
+    if probe is not None:
+        figure, name = _draw_probe(figure_class, log, probe), f"lqa_probe_{probe}.png"
+    elif compare:
+        logs = {_label(folder): read_log(folder) for folder in (output_dir, *compare)}
+        figure, name = _draw_runs(figure_class, logs), "lqa_compare.png"
+    elif any("lqa_step_size" in entry for entry in log):
+        figure, name = _draw_run(figure_class, log), "lqa.png"
+    else:
+        figure, name = _draw_runs(figure_class, {_label(output_dir): log}), "lqa.png"
+    path = Path(output) if output is not None else Path(output_dir) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    if show:
+        from matplotlib import pyplot
+
+        pyplot.show()
+    return path
+
+
+def _figure_class(show: bool) -> Any:
+    try:
+        from matplotlib.figure import Figure
+
+        if show:
+            from matplotlib import pyplot
+
+            return pyplot.figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib, which is not installed: pip install "hf-lqa[plot]"') from error
+    return Figure
+
+
+def _label(folder: str | Path) -> str:
+    return Path(folder).resolve().name
+
+
+def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    entries = [entry for entry in log if key in entry]
+    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+def _running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Exponential mean, without the bias of its start; passes over what is not finite."""
+    total = weight = 0.0
+    means = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight if weight else math.nan)
+    return means
+
+
+def _draw_loss(axes: Any, log: Sequence[dict[str, Any]], name: str = "", color: str = _DARK, line: str = "-") -> None:
+    steps, losses = _series(log, "loss")
+    long = len(losses) >= 20
+    axes.plot(steps, losses, color=color, linestyle=line, linewidth=0.6 if long else 1.5, alpha=0.4 if long else 1.0)
+    if long:
+        axes.plot(steps, _running_mean(losses), color=color, linestyle=line, linewidth=1.5)
+    axes.lines[-1].set_label(name or ("training loss, running mean" if long else "training loss"))
+    steps, losses = _series(log, "eval_loss")
+    if steps:
+        label = f"{name}, evaluation" if name else "evaluation loss"
+        axes.plot(steps, losses, color=color, linestyle="none", marker="D", markersize=5, fillstyle="none", label=label)
+    axes.set_ylabel("loss")
+
+
+def _draw_runs(figure_class: Any, logs: dict[str, Sequence[dict[str, Any]]]) -> Any:
+    """Loss and learning rate of several runs."""
+    figure = figure_class(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    for i, (name, log) in enumerate(logs.items()):
+        color, line = _STYLES[i % len(_STYLES)]
+        _draw_loss(top, log, name, color, line)
+        steps, rates = _series(log, "learning_rate")
+        bottom.plot(steps, [rate or math.nan for rate in rates], color=color, linestyle=line, label=name)
+    bottom.set_yscale("log")
+    bottom.set_ylabel("learning rate applied")
+    bottom.set_xlabel("step")
+    top.legend(fontsize="small")
+    return figure
+
+
+def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
+    """Everything about one run with LQA."""
+    measured = probes(log)
+    figure = figure_class(figsize=(7, 10), layout="constrained")
+    loss, rate, slopes, curvature, verdicts = figure.subplots(5, sharex=True, height_ratios=[3, 3, 2, 2, 1.3])
+
+    _draw_loss(loss, log)
+    loss.legend(fontsize="small")
+
+    steps, rates = _series(log, "learning_rate")
+    rate.plot(steps, [r or math.nan for r in rates], color=_DARK, label="learning rate applied")
+    steps, levels = _series(log, "lqa_level")
+    rate.plot(steps, levels, color=_BLUE, linestyle="--", label="measured, before the schedule's factor")
+    rate.set_yscale("log")
+    rate.set_ylabel("learning rate")
+    rate.legend(fontsize="small")
+
+    steps, values = _series(measured, "lqa_slope")
+    slopes.plot(steps, values, color=_DARK, marker="o", markersize=3, linewidth=0.8, label="at the start of a step")
+    steps, values = _series(measured, "lqa_end_slope")
+    style = {"color": _ORANGE, "marker": "^", "markersize": 3, "linewidth": 0.8, "linestyle": "--"}
+    slopes.plot(steps, values, label="at the end, next batch", **style)
+    slopes.axhline(0, color="0.6", linewidth=0.8)
+    slopes.set_ylabel("slope\n(loss / learning rate)")
+    slopes.legend(fontsize="small")
+
+    steps, values = _series(measured, "lqa_curvature")
+    curvature.plot(steps, values, color=_DARK, marker="o", markersize=3, linewidth=0.8)
+    # Symmetric, because a curvature may be negative; linear below the smallest tenth, so that those do not fill it.
+    sizes = sorted(abs(v) for v in values if v)
+    curvature.set_yscale("symlog", linthresh=sizes[len(sizes) // 10] if sizes else 1)
+    curvature.axhline(0, color="0.6", linewidth=0.8)
+    curvature.set_ylabel("curvature\n(loss / learning rate²)")
+
+    seen = [v for v in Verdict if any(entry["fit"].verdict is v for entry in measured)]
+    for row, verdict in enumerate(reversed(seen)):
+        steps = [entry["lqa_probe_step"] for entry in measured if entry["fit"].verdict is verdict]
+        color = _DARK if verdict.usable else _ORANGE
+        verdicts.plot(steps, [row] * len(steps), color=color, linestyle="none", marker=_MARKERS[verdict], markersize=4)
+    verdicts.set_yticks(range(len(seen)), [v.value.replace("_", " ") for v in reversed(seen)])
+    verdicts.set_ylim(-0.7, len(seen) - 0.3)
+    verdicts.set_ylabel("fits")
+    verdicts.set_xlabel("step")
+    return figure
+
+
+def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> Any:
+    """The parabola measured at one step, with its three points, its minimum and the step that was taken."""
+    measured = {entry["lqa_probe_step"]: entry for entry in probes(log)}
+    if step not in measured:
+        known = ", ".join(map(str, measured)) or "none"
+        raise ValueError(
+            f"--probe {step}: no probe of this step was logged; there are: {known} (--logging_steps 1: all)"
+        )
+    entry = measured[step]
+    fit, radius = entry["fit"], entry.get("lqa_probe_radius")
+    points = [entry.get(f"lqa_loss_{at}", math.nan) for at in ("minus", "center", "plus")]
+    if radius is None or not all(map(math.isfinite, points)):
+        raise ValueError(f"--probe {step}: its losses were not finite, so there is no parabola")
+    applied = entry["learning_rate"] if entry["step"] == step else None
+    center = points[1]
+    figure = figure_class(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    # A minimum very far out, of a direction that is nearly straight, would hide the points.
+    minimum = fit.step_size if fit.step_size is not None and fit.step_size < 20 * radius else None
+    ends = [-1.5 * radius, 1.5 * radius, *(1.3 * x for x in (minimum, applied) if x is not None and x < 20 * radius)]
+    xs = [min(ends) + (max(ends) - min(ends)) * i / 200 for i in range(201)]
+    curve = [center + fit.slope * x + fit.curvature / 2 * x * x for x in xs]
+    axes.plot(xs, curve, color=_BLUE, linestyle="--", label="parabola")
+    axes.plot([-radius, 0, radius], points, color=_DARK, linestyle="none", marker="o", label="losses measured")
+    if minimum is not None:
+        at = center + fit.slope * minimum + fit.curvature / 2 * minimum * minimum
+        label = f"its minimum: {minimum:.2g}" + (" (clamped)" if fit.verdict is Verdict.CLAMPED else "")
+        axes.plot([minimum], [at], color=_ORANGE, linestyle="none", marker="*", markersize=13, label=label)
+    if applied is not None:
+        axes.axvline(applied, color="0.4", linestyle=":", label=f"step taken: {applied:.2g}")
+    axes.set_title(f"step {step}: {fit.verdict.value.replace('_', ' ')}", fontsize="medium")
+    axes.set_xlabel("learning rate: distance along the step's direction")
+    axes.set_ylabel("loss of the step's batch")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hf_lqa.plot", description=__doc__)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the --output_dir of a run")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER_DIR", help="runs to draw beside it")
+    parser.add_argument("--probe", type=int, metavar="STEP", help="draw the parabola measured at this step")
+    parser.add_argument("--output", metavar="FILE", help="where to; a file in OUTPUT_DIR by default")
+    parser.add_argument("--show", action="store_true", help="open a window, too")
+    args = parser.parse_args()
+    try:
+        print(plot(args.output_dir, args.compare, probe=args.probe, output=args.output, show=args.show))
+    except (ValueError, ImportError) as error:
+        sys.exit(f"python -m hf_lqa.plot: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
