@@ -44,7 +44,6 @@ def patch_trainer() -> None:
     transformers_trainer.Trainer.__init__ = __init__
 
 
-@functools.cache
 def _with_mixin(cls: type) -> type:
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (LQATrainerMixin, cls), named)

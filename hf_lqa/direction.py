@@ -74,7 +74,7 @@ def _rehearsal_chunks(params: list[Tensor]) -> Iterator[list[int]]:
 
 
 def _unhooked_step(base: torch.optim.Optimizer) -> None:
-    """Call the class' own `step`: not the instance's, which a scheduler or a scaler may have replaced, and without hooks."""
+    """Call the class' own `step`, without hooks: a scheduler or a scaler may have replaced the instance's."""
     step = type(base).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]

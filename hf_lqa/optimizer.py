@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -108,7 +109,7 @@ class LQA(torch.optim.Optimizer):
 
     # Shared with the base optimizer, also when somebody (FSDP2 under Accelerate, a checkpoint) replaces them.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -116,7 +117,7 @@ class LQA(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -128,6 +129,9 @@ class LQA(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_armed": None, "_clipping": None})
+
+    def __repr__(self) -> str:
+        return f"LQA ({self.policy.name}) around {self.base!r}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base.add_param_group(param_group)
@@ -166,10 +170,10 @@ class LQA(torch.optim.Optimizer):
         """Advance the base optimizer once, at the step size that was measured.
 
         Args:
-            closure: returns the loss at the present weights as a 0-dim tensor, without gradient and the same whenever it
-                is called at the same weights (`ReplayedLoss` makes one). If it has an attribute ``loss``, that is taken
-                for the loss at the origin. Called on probe steps only. A closure that raises leaves everything as it was
-                before the step.
+            closure: returns the loss at the present weights as a 0-dim tensor, without gradient and the same whenever
+                it is called at the same weights (`ReplayedLoss` makes one). If it has an attribute ``loss``, that is
+                taken for the loss at the origin. Called on probe steps only. A closure that raises leaves everything
+                as it was before the step.
 
         Raises:
             ValueError: no closure, and nothing was ever measured.
@@ -308,15 +312,20 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
-            "pending": self._direction is not None,
+            "pending": None if self._direction is None else sorted(self._direction.by_index(self.param_groups)),
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
-        groups[0][_GROUP_KEY] = own
+        # One string: checkpoints of sharded optimizers take dicts apart and load only the keys that a fresh optimizer has.
+        groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        if self._direction is not None:
-            for i, d in self._direction.by_index(self.param_groups).items():
-                state.setdefault(i, {})[_DIRECTION_KEY] = d
+        if self.policy.needs_end_slope:
+            directions = {} if self._direction is None else self._direction.by_index(self.param_groups)
+            for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+                # For the same reason sharded parameters have one always.
+                if i in directions or (hasattr(p, "full_tensor") and p.requires_grad):
+                    direction = directions[i] if i in directions else torch.zeros_like(p, requires_grad=False)
+                    state.setdefault(i, {})[_DIRECTION_KEY] = direction
         return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -329,9 +338,10 @@ class LQA(torch.optim.Optimizer):
         own = groups[0].pop(_GROUP_KEY, None) if groups else None
         if own is None:
             raise ValueError(
-                f"state_dict['param_groups'][0] has no {_GROUP_KEY!r}: it was saved by another optimizer than LQA. Start"
-                " without the optimizer's checkpoint, or load it into the base optimizer"
+                f"state_dict['param_groups'][0] has no {_GROUP_KEY!r}: it was saved by another optimizer than LQA."
+                " Start without the optimizer's checkpoint, or load it into the base optimizer"
             )
+        own = json.loads(own)
         self.base.load_state_dict({**state_dict, "param_groups": groups})
         self.policy.load_state_dict(own["policy"])
         self.counts.update(own["counts"])
@@ -339,7 +349,8 @@ class LQA(torch.optim.Optimizer):
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
         # Cast and placed by the base's load_state_dict like its own state.
         directions = {p: s.pop(_DIRECTION_KEY) for p, s in self.state.items() if _DIRECTION_KEY in s}
-        self._direction = Direction.restored(directions) if own["pending"] else None
+        pending, params = own["pending"], [p for group in self.param_groups for p in group["params"]]
+        self._direction = None if pending is None else Direction.restored({params[i]: directions[params[i]] for i in pending})
 
 
 def _scalar(value: Tensor | float) -> Tensor | float:

@@ -90,7 +90,7 @@ def parse_options(args: TrainingArguments) -> LQAOptions | None:
     _check_base(base)
     micro_batches = given.pop("probe_micro_batches", None)
     kinds = {f.name: f.type for f in dataclasses.fields(POLICIES[policy]) if f.init}
-    policy_options = {k: _convert(k, given.pop(k), str(kinds[k])) for k in list(given) if k in kinds}
+    policy_options: dict[str, Any] = {k: _convert(k, given.pop(k), str(kinds[k])) for k in list(given) if k in kinds}
     base_options = _BASE_OPTIONS.get(base, ())
     for key, value in given.items():
         if key not in base_options:

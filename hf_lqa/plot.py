@@ -136,6 +136,12 @@ def _label(folder: str | Path) -> str:
     return Path(folder).resolve().name
 
 
+def _changes(log: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The entries in which `key` has a new value: a measurement is logged again until there is the next."""
+    entries = [entry for entry in log if key in entry]
+    return [e for i, e in enumerate(entries) if i == 0 or e[key] != entries[i - 1][key]]
+
+
 def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     entries = [entry for entry in log if key in entry]
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
@@ -192,26 +198,27 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
     loss.legend(fontsize="small")
 
     steps, rates = _series(log, "learning_rate")
-    rate.plot(steps, [r or math.nan for r in rates], color=_DARK, label="learning rate applied")
+    rate.plot(steps, [r or math.nan for r in rates], color=_DARK, label="applied")
     steps, levels = _series(log, "lqa_level")
-    rate.plot(steps, levels, color=_BLUE, linestyle="--", label="measured, before the schedule's factor")
+    rate.plot(steps, levels, color=_BLUE, linestyle="--", label="before the schedule's factor")
     rate.set_yscale("log")
     rate.set_ylabel("learning rate")
     rate.legend(fontsize="small")
 
-    steps, values = _series(measured, "lqa_slope")
-    slopes.plot(steps, values, color=_DARK, marker="o", markersize=3, linewidth=0.8, label="at the start of a step")
-    steps, values = _series(measured, "lqa_end_slope")
+    at = [entry["lqa_probe_step"] for entry in measured]
+    values = [entry["fit"].slope for entry in measured]
+    slopes.plot(at, values, color=_DARK, marker="o", markersize=3, linewidth=0.8, label="at the start of a step")
+    steps, values = _series(_changes(log, "lqa_end_slope"), "lqa_end_slope")
     style = {"color": _ORANGE, "marker": "^", "markersize": 3, "linewidth": 0.8, "linestyle": "--"}
     slopes.plot(steps, values, label="at the end, next batch", **style)
     slopes.axhline(0, color="0.6", linewidth=0.8)
     slopes.set_ylabel("slope\n(loss / learning rate)")
     slopes.legend(fontsize="small")
 
-    steps, values = _series(measured, "lqa_curvature")
-    curvature.plot(steps, values, color=_DARK, marker="o", markersize=3, linewidth=0.8)
+    values = [entry["fit"].curvature for entry in measured]
+    curvature.plot(at, values, color=_DARK, marker="o", markersize=3, linewidth=0.8)
     # Symmetric, because a curvature may be negative; linear below the smallest tenth, so that those do not fill it.
-    sizes = sorted(abs(v) for v in values if v)
+    sizes = sorted(abs(v) for v in values if v and math.isfinite(v))
     curvature.set_yscale("symlog", linthresh=sizes[len(sizes) // 10] if sizes else 1)
     curvature.axhline(0, color="0.6", linewidth=0.8)
     curvature.set_ylabel("curvature\n(loss / learning rate²)")

@@ -6,7 +6,8 @@ back-propagated. They are recorded where they pass: inputs at ``compute_loss``, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,10 +32,10 @@ def copy_containers(value: Any) -> Any:
         return copied
     if type(value) in (list, set):
         return type(value)(copy_containers(v) for v in value) if len(value) <= _MAX_CONTAINER else value
-    if isinstance(value, Mapping) and hasattr(value, "data"):  # BatchEncoding, BatchFeature: a UserDict
-        copied = value.copy()
-        copied.data = copy_containers(value.data)
-        return copied
+    if isinstance(value, UserDict):  # BatchEncoding, BatchFeature
+        batch = value.copy()
+        batch.data = copy_containers(value.data)
+        return batch
     return value
 
 
@@ -46,7 +47,7 @@ def attributes_kept(owner: object) -> Iterator[None]:
     probe must not count. Objects, data sets and large containers are left alone.
     """
     bindings = dict(vars(owner))
-    contents = []
+    contents: list[tuple[Any, Any]] = []
     for value in bindings.values():
         if isinstance(value, Tensor) and value.numel() <= _MAX_CONTAINER:
             contents.append((value, value.detach().clone()))

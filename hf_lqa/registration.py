@@ -45,7 +45,7 @@ def _Member(cls: type[Any], name: str) -> Any:
 
 def _refuse(context: Any) -> Any:
     raise ValueError(
-        f"optim={str(context.args.optim.value)!r} needs a Trainer that can probe the loss, and this one is a stock Trainer."
+        f"optim={str(context.args.optim.value)!r} needs a Trainer that can probe the loss, and this is a stock Trainer."
         " Use hf_lqa.LQATrainer, put hf_lqa.LQATrainerMixin before your Trainer class, or run your script with"
         " `python -m hf_lqa SCRIPT ...`"
     )

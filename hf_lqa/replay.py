@@ -24,7 +24,7 @@ class RNGState:
 
     python: Any
     numpy: Any
-    torch: Tensor
+    cpu: Tensor
     devices: dict[torch.device, Tensor]
 
     @classmethod
@@ -35,7 +35,7 @@ class RNGState:
         return cls(
             python=random.getstate(),
             numpy=numpy.random.get_state() if numpy is not None else None,
-            torch=torch.get_rng_state(),
+            cpu=torch.get_rng_state(),
             devices={d: getattr(torch, d.type).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")},
         )
 
@@ -43,7 +43,7 @@ class RNGState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
+        torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():
             getattr(torch, device.type).set_rng_state(state, device)
 
@@ -52,15 +52,15 @@ class RNGState:
 def undisturbed(model: nn.Module, devices: set[torch.device]) -> Iterator[None]:
     """Leave RNG streams, module buffers and the autocast cache as they were, also when the body raises."""
     rng = RNGState.capture(devices)
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    # All of them: BatchNorm's kernels update the running statistics without raising the tensors' version counters.
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
-                    buffer.copy_(saved)
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
         torch.clear_autocast_cache()
         rng.apply()
 

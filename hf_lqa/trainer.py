@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -16,13 +18,11 @@ from .optimizer import LQA
 from .options import parse_options
 from .probe import TrainerProbe, recorded
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+# The mixin comes before a Trainer class; a type checker cannot know which.
+_Trainer: Any = object
 
 
-class LQATrainerMixin(_Base):
+class LQATrainerMixin(_Trainer):
     """Differs from a Trainer in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``.
 
     Put it before any Trainer class: ``class MyTrainer(LQATrainerMixin, SFTTrainer): ...``. With another ``optim`` it
@@ -33,17 +33,27 @@ class LQATrainerMixin(_Base):
             remedy.
     """
 
+    args: Any
+    optimizer: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._lqa_setup()
 
     def _lqa_setup(self) -> None:
-        """What `__init__` adds to the parent's; apart, because the runner gives Trainers this class while they are built."""
+        """What `__init__` adds to the parent's; apart, because the runner swaps a Trainer's class while it is built."""
         self._lqa_probe: TrainerProbe | None = None
         self._lqa_options = parse_options(self.args)
         if self._lqa_options is None and self.lqa is None:
             return
         refuse_unsupported(self)
+        default = next(f.default for f in dataclasses.fields(self.args) if f.name == "learning_rate")
+        if self._lqa_options is not None and self.args.learning_rate != default:
+            warnings.warn(
+                f"learning_rate={self.args.learning_rate!r} is not used with optim={_value(self.args.optim)!r}, which"
+                " measures the learning rate. Leave it out, or choose another --optim",
+                stacklevel=3,
+            )
         self.add_callback(Announcement(self))
         clip_grad_norm = self.accelerator.clip_grad_norm_
 
@@ -56,7 +66,7 @@ class LQATrainerMixin(_Base):
         self.accelerator.clip_grad_norm_ = observed_clip_grad_norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """For LQA's names, the parent's own code builds the base optimizer at unit learning rate; `LQA` goes around it."""
+        """For LQA's names, the parent's code builds the base optimizer at unit learning rate; `LQA` goes around it."""
         options = self._lqa_options
         if options is None or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
@@ -114,6 +124,7 @@ def measurements(lqa: LQA) -> dict[str, float]:
     """What is logged beside the loss. Values of the last probe are left out until there is one, or where not finite."""
     found: dict[str, float | None] = {
         "lqa_step_size": lqa.step_size,
+        "lqa_level": lqa.policy.step_size,  # before the schedule's factor
         "lqa_end_slope": lqa.last_end_slope,
         "lqa_rejected": lqa.rejected,
         "lqa_skipped": lqa.counts["skipped"],
@@ -193,8 +204,9 @@ class Announcement(TrainerCallback):
             return
         share = lqa.probe_seconds / max(time.perf_counter() - self._begun, 1e-9)
         print(
-            f"LQA: learning rates {min(self._rates):.2g} to {max(self._rates):.2g}, {lqa.counts['probe_forwards']} probe"
-            f" forwards, {lqa.rejected} fits rejected, {lqa.counts['skipped']} steps skipped, {share:.1%} of the time.",
+            f"LQA: learning rates {min(self._rates):.2g} to {max(self._rates):.2g},"
+            f" {lqa.counts['probe_forwards']} probe forwards ({share:.1%} of the time), {lqa.rejected} fits rejected,"
+            f" {lqa.counts['skipped']} steps skipped.",
             flush=True,
         )
 

@@ -1,0 +1,294 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lqa import LQA, ReplayedLoss, Verdict
+
+DOUBLE = torch.float64
+
+
+class Quadratic:
+    """``1/2 (w - target)' H (w - target) + 1`` in float64, its exact line minimiser known."""
+
+    def __init__(self, size=6):
+        a = torch.randn(size, size, dtype=DOUBLE)
+        self.hessian = a @ a.T + torch.eye(size, dtype=DOUBLE)
+        self.target = torch.randn(size, dtype=DOUBLE)
+        self.w = nn.Parameter(10 * torch.randn(size, dtype=DOUBLE))
+
+    def __call__(self):
+        r = self.w - self.target
+        return 0.5 * r @ self.hessian @ r + 1
+
+    def line_minimiser(self, start, direction):
+        gradient = self.hessian @ (start - self.target)
+        return float(-(gradient @ direction) / (direction @ self.hessian @ direction))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_paper_step_lands_on_the_exact_line_minimiser(base):
+    loss = Quadratic()
+    optimizer = LQA(base([loss.w], lr=1.0), policy="paper")
+    for _ in range(5):
+        start = loss.w.detach().clone()
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step(loss)
+        direction = (loss.w.detach() - start) / optimizer.step_size
+        assert optimizer.last_fit.verdict is Verdict.ACCEPTED
+        assert optimizer.step_size == pytest.approx(loss.line_minimiser(start, direction), rel=1e-9)
+
+
+def test_with_plain_sgd_it_is_the_paper():
+    # A twin written from the paper: delta* = a / 2b along -g, from L(theta), L(theta - h g), L(theta + h g).
+    loss, twin = Quadratic(), None
+    twin = copy.deepcopy(loss)
+    optimizer = LQA(torch.optim.SGD([loss.w], lr=1.0), policy="paper", probe_radius=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step(loss)
+
+        (g,) = torch.autograd.grad(twin(), twin.w)
+        with torch.no_grad():
+            w, h = twin.w.clone(), 1e-3
+            values = {}
+            for sign in (-1, 0, 1):
+                twin.w.copy_(w - sign * h * g)
+                values[sign] = float(twin())
+            a = (values[-1] - values[1]) / (2 * h)
+            b = (values[1] + values[-1] - 2 * values[0]) / (2 * h * h)
+            twin.w.copy_(w - a / (2 * b) * g)
+        # The rounding errors of second differences at h = 1e-3 are about 1e-8 of the curvature.
+        assert torch.allclose(loss.w, twin.w, rtol=1e-6, atol=1e-8)
+
+
+def net():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.1), nn.ReLU(), nn.Linear(12, 2))
+
+
+def batches(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(16, 6, generator=generator)
+        yield x, (x[:, 0] > 0).long()
+
+
+def train(model, optimizer, data):
+    for x, y in data:
+        closure = ReplayedLoss(model)
+        optimizer.zero_grad()
+        closure.record(lambda x=x, y=y: nn.functional.cross_entropy(model(x), y)).backward()
+        optimizer.step(closure)
+
+
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1.0, weight_decay=0.1),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1.0, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1.0, fused=True, amsgrad=True),
+    "adamw_tensor_lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1.0), foreach=False),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1.0),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1.0),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1.0, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_probe_leaves_no_trace_in_the_base_optimizer(name):
+    """Every step is the base's own, at the rate that was measured: a twin given those rates ends bit for bit the same."""
+    model, twin = net(), net()
+    optimizer = LQA(BASES[name](model.parameters()), probe_interval=2)
+    base = BASES[name](twin.parameters())
+    torch.manual_seed(0)
+    for x, y in batches(25):
+        state = torch.get_rng_state()
+        train(model, optimizer, [(x, y)])
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        base.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        for group in base.param_groups:
+            group["lr"] = group["lr"] * 0 + optimizer.step_size
+        base.step()
+        assert torch.equal(torch.get_rng_state(), after)
+    assert optimizer.counts["probe_forwards"] >= 20
+    for (key, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), key
+    ours = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    theirs = [v for s in base.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_replay_at_the_origin_is_the_training_loss_bit_for_bit():
+    model = net()
+    for x, y in batches(5):
+        closure = ReplayedLoss(model)
+        loss = closure.record(lambda x=x, y=y: nn.functional.cross_entropy(model(x), y))
+        buffers = copy.deepcopy(dict(model.named_buffers()))
+        rng = torch.get_rng_state()
+        assert torch.equal(closure(), loss.detach())
+        assert torch.equal(torch.get_rng_state(), rng)
+        assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+
+
+def test_steps_without_a_probe_are_the_base_optimizers():
+    """No copy, no extra pass: with a huge interval only the first step calls the closure, and weights are the base's."""
+    model, twin = net(), net()
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy="paper", probe_interval=10**9)
+    torch.manual_seed(0)
+    train(model, optimizer, batches(100))
+    assert optimizer.counts["probe_forwards"] == 2
+    rate = optimizer.step_size
+    torch.manual_seed(0)
+    base = torch.optim.AdamW(twin.parameters(), lr=rate)
+    for x, y in batches(100):
+        base.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        base.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_groups_keep_their_relative_rates_and_schedulers_compose():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    groups = [{"params": model[0].parameters(), "lr": 1.0}, {"params": model[1].parameters(), "lr": 0.25}]
+    optimizer = LQA(torch.optim.SGD(groups, lr=1.0), policy="paper", probe_interval=1000)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+    x, level = torch.randn(8, 4), None
+    for step in range(10):
+        before = [p.detach().clone() for p in model.parameters()]
+        closure = ReplayedLoss(model)
+        optimizer.zero_grad()
+        closure.record(lambda: (model(x) ** 2).mean()).backward()
+        optimizer.step(closure)
+        level = level or optimizer.step_size
+        assert optimizer.step_size == pytest.approx(level * (1 - step / 10))
+        for p, old, multiplier in zip(model.parameters(), before, [1, 1, 0.25, 0.25], strict=True):
+            assert torch.allclose(p, old - multiplier * optimizer.step_size * p.grad, rtol=1e-4, atol=1e-7)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1 - step / 10, 0.25 * (1 - step / 10)])
+        scheduler.step()
+
+
+def test_warmup_from_zero_moves_nothing_and_measures_nothing():
+    model = net()
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 5, 1))
+    before = copy.deepcopy(list(model.parameters()))
+    train(model, optimizer, batches(1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert optimizer.counts["probe_forwards"] == 0
+    scheduler.step()
+    train(model, optimizer, batches(1))
+    assert optimizer.counts["probe_forwards"] == 2
+    assert optimizer.step_size > 0
+
+
+@pytest.mark.parametrize("policy", ["cross_batch", "paper"])
+@pytest.mark.parametrize("stop", [7, 8, 9, 10])
+def test_resuming_from_the_state_dict_changes_nothing(policy, stop, tmp_path):
+    data = list(batches(20))
+    model = net()
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy=policy)
+    train(model, optimizer, data[:stop])
+    torch.save((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()), tmp_path / "checkpoint.pt")
+    train(model, optimizer, data[stop:])
+
+    resumed = net()
+    again = LQA(torch.optim.AdamW(resumed.parameters(), lr=1.0), policy=policy)
+    # weights_only: nothing but plain values may be in a state_dict.
+    model_state, optimizer_state, rng = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed.load_state_dict(model_state)
+    again.load_state_dict(optimizer_state)
+    torch.set_rng_state(rng)
+    train(resumed, again, data[stop:])
+    assert again.step_size == optimizer.step_size
+    assert again.counts == optimizer.counts
+    assert again.last_probe == optimizer.last_probe
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_it_is_an_optimizer_that_can_be_copied():
+    model = net()
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    train(model, optimizer, batches(3))
+    copied = copy.deepcopy(optimizer)
+    assert copied.step_size == optimizer.step_size
+    assert copied.param_groups[0] is copied.base.param_groups[0]
+    assert "AdamW" in repr(optimizer)
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    model = net()
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), probe_interval=1)
+    train(model, optimizer, batches(3))
+    before, state = copy.deepcopy(list(model.parameters())), copy.deepcopy(optimizer.base.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step(lambda: torch.tensor(torch.nan))
+    assert optimizer.counts["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    for index, values in optimizer.base.state_dict()["state"].items():
+        assert all(torch.equal(v, state["state"][index][k]) for k, v in values.items())
+    train(model, optimizer, batches(3))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_zero_gradients_are_a_verdict():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = LQA(torch.optim.SGD([w], lr=1.0))
+    w.grad = torch.zeros(3)
+    optimizer.step(lambda: torch.tensor(1.0))
+    assert optimizer.last_fit.verdict is Verdict.NON_DESCENT
+    assert torch.equal(w, torch.ones(3))
+    # The first gradient that says something is used.
+    w.grad = torch.ones(3)
+    optimizer.step(lambda: (w.detach() ** 2).sum())
+    assert optimizer.step_size > 0
+    assert (w < 1).all()
+
+
+def test_an_infinite_probe_loss_keeps_the_last_step_size():
+    model = net()
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy="paper")
+    train(model, optimizer, batches(2))
+    level = optimizer.step_size
+    closure = ReplayedLoss(model)
+    x, y = next(batches(1))
+    optimizer.zero_grad()
+    loss = closure.record(lambda: nn.functional.cross_entropy(model(x), y))
+    loss.backward()
+    infinite = lambda: torch.tensor(torch.inf)  # noqa: E731
+    infinite.loss = loss.detach()
+    optimizer.step(infinite)
+    assert optimizer.last_fit.verdict is Verdict.NON_FINITE
+    assert (optimizer.step_size, optimizer.rejected) == (level, 1)
+
+
+def test_errors_name_what_is_wrong():
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="policy='exact'"):
+        LQA(torch.optim.SGD([w], lr=1.0), policy="exact")
+    with pytest.raises(ValueError, match="tau=2"):
+        LQA(torch.optim.SGD([w], lr=1.0), tau=2)
+    with pytest.raises(ValueError, match="probe_interval=0"):
+        LQA(torch.optim.SGD([w], lr=1.0), policy="paper", probe_interval=0)
+    with pytest.raises(ValueError, match="LBFGS"):
+        LQA(torch.optim.LBFGS([w]))
+    with pytest.raises(ValueError, match="frozen"):
+        LQA(torch.optim.SGD([{"params": []}], lr=1.0))
+    with pytest.warns(UserWarning, match=r"lr=1\.0"):
+        LQA(torch.optim.AdamW([w]))
+    optimizer = LQA(torch.optim.SGD([w], lr=1.0))
+    w.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="without a closure"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="another optimizer"):
+        optimizer.load_state_dict(torch.optim.SGD([w], lr=1.0).state_dict())
+    with pytest.raises(ValueError, match="shape"):
+        ReplayedLoss(net()).record(lambda: torch.ones(2))
+    with pytest.raises(ValueError, match="before anything was recorded"):
+        ReplayedLoss(net())()
