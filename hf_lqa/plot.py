@@ -22,6 +22,7 @@ _STYLES = [
     ("#56B4E9", "--"),
 ]
 _DARK, _BLUE, _ORANGE = "#000000", "#0072B2", "#E69F00"
+_EPSILON = 2.0**-23
 _MARKERS = dict(zip(Verdict, "o^vXDs", strict=True))
 
 
@@ -37,8 +38,8 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
     path = next((p for p in (folder / "trainer_state.json", *reversed(checkpoints)) if p.is_file()), None)
     if path is None:
         raise ValueError(
-            f"OUTPUT_DIR={str(output_dir)!r}: no trainer_state.json in it or in a checkpoint-*; give the --output_dir of"
-            " a run, and call trainer.save_state() after training or save checkpoints"
+            f"OUTPUT_DIR={str(output_dir)!r}: no trainer_state.json in it or in a checkpoint-*; give the --output_dir"
+            " of a run, and call trainer.save_state() after training or save checkpoints"
         )
     log: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     if not any("loss" in entry for entry in log):
@@ -57,7 +58,7 @@ def probes(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if step is None or (found and step == found[-1]["lqa_probe_step"]):
             continue
         fit = _fit(entry)
-        # The rounding error is not logged; that the fit was refused all the same is.
+        # That a fit was refused for rounding errors larger than those of float32 shows in the count alone.
         since = entry["lqa_probe_forwards"] - forwards
         if fit.verdict.usable and since > 0 and 2 * (entry["lqa_rejected"] - rejected) >= since:
             fit = Fit(fit.slope, fit.curvature, None, Verdict.BELOW_NOISE)
@@ -71,10 +72,10 @@ def _fit(entry: dict[str, Any]) -> Fit:
     minus, center, plus, radius = (entry.get(name, math.nan) for name in names)
     if not radius > 0:
         return Fit(entry.get("lqa_slope", math.nan), math.nan, None, Verdict.NON_FINITE)
-    fit = fit_losses(minus, center, plus, radius)
-    # As `PaperPolicy.max_step` bounds it.
-    bound = 2 * abs(center) / abs(fit.slope) if fit.slope else math.inf
-    return fit_losses(minus, center, plus, radius, max_step=bound) if bound > 0 else fit
+    slope = fit_losses(minus, center, plus, radius).slope
+    # The bound is that of `PaperPolicy.max_step`, the noise that of float32.
+    bound = (2 * abs(center) / abs(slope) if slope else 0) or math.inf
+    return fit_losses(minus, center, plus, radius, noise=_EPSILON * abs(center), max_step=bound)
 
 
 def plot(
@@ -252,19 +253,27 @@ def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> 
     center = points[1]
     figure = figure_class(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    # A minimum very far out, of a direction that is nearly straight, would hide the points.
-    minimum = fit.step_size if fit.step_size is not None and fit.step_size < 20 * radius else None
-    ends = [-1.5 * radius, 1.5 * radius, *(1.3 * x for x in (minimum, applied) if x is not None and x < 20 * radius)]
+    marks = {"its minimum": fit.step_size, "step taken": applied}
+    # What lies very far out, along a direction that is nearly straight, would hide the points.
+    near = {name: x for name, x in marks.items() if x is not None and x < 20 * radius}
+    ends = [-1.5 * radius, 1.5 * radius, *(1.3 * x for x in near.values())]
     xs = [min(ends) + (max(ends) - min(ends)) * i / 200 for i in range(201)]
-    curve = [center + fit.slope * x + fit.curvature / 2 * x * x for x in xs]
-    axes.plot(xs, curve, color=_BLUE, linestyle="--", label="parabola")
+
+    def parabola(x: float) -> float:
+        return center + fit.slope * x + fit.curvature / 2 * x * x  # type: ignore[no-any-return]
+
+    axes.plot(xs, [parabola(x) for x in xs], color=_BLUE, linestyle="--", label="parabola")
     axes.plot([-radius, 0, radius], points, color=_DARK, linestyle="none", marker="o", label="losses measured")
-    if minimum is not None:
-        at = center + fit.slope * minimum + fit.curvature / 2 * minimum * minimum
-        label = f"its minimum: {minimum:.2g}" + (" (clamped)" if fit.verdict is Verdict.CLAMPED else "")
-        axes.plot([minimum], [at], color=_ORANGE, linestyle="none", marker="*", markersize=13, label=label)
-    if applied is not None:
-        axes.axvline(applied, color="0.4", linestyle=":", label=f"step taken: {applied:.2g}")
+    styles = {
+        "its minimum": {"color": _ORANGE, "linestyle": "none", "marker": "*", "markersize": 13},
+        "step taken": {"color": "0.4", "linestyle": "none", "marker": "|", "markersize": 13, "markeredgewidth": 2},
+    }
+    for name, x in marks.items():
+        if x is not None:
+            at = [x] if name in near else []
+            label = f"{name}: {x:.2g}" + ("" if at else " (beyond the right end)")
+            axes.plot(at, [parabola(x) for x in at], label=label, **styles[name])
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
     axes.set_title(f"step {step}: {fit.verdict.value.replace('_', ' ')}", fontsize="medium")
     axes.set_xlabel("learning rate: distance along the step's direction")
     axes.set_ylabel("loss of the step's batch")
