@@ -55,6 +55,10 @@ class LQATrainerMixin(_Trainer):
                 stacklevel=3,
             )
         self.add_callback(Announcement(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; called again for every trial of a hyperparameter search."""
+        super().create_accelerator_and_postprocess()
         clip_grad_norm = self.accelerator.clip_grad_norm_
 
         def observed_clip_grad_norm(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +71,7 @@ class LQATrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """For LQA's names, the parent's code builds the base optimizer at unit learning rate; `LQA` goes around it."""
-        options = self._lqa_options
+        self._lqa_options = options = parse_options(self.args)  # again: a hyperparameter search may have changed them
         if options is None or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
         own_args = self.args
@@ -113,6 +117,21 @@ class LQATrainerMixin(_Trainer):
         if (lqa := self.lqa) is None:
             return super()._get_learning_rate()
         return lqa.step_size or 0.0
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, with what was done where it quotes arguments that were not used."""
+        if (options := self._lqa_options) is None:
+            super().create_model_card(*args, **kwargs)
+            return
+        rates = [entry["learning_rate"] for entry in self.state.log_history if entry.get("learning_rate")]
+        own_args = self.args
+        self.args = copy.copy(own_args)
+        self.args.learning_rate = f"measured, {min(rates):.2g} to {max(rates):.2g}" if rates else "measured"
+        self.args.optim = f"{options.name} around {options.base}"
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args = own_args
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if (lqa := self.lqa) is not None and "loss" in logs:
