@@ -51,12 +51,14 @@ def _with_mixin(cls: type) -> type:
 
 def run_script(path: str, argv: list[str]) -> None:
     """Run a file as the interpreter itself would: ``__main__``, ``sys.argv``, ``sys.path[0]``, tracebacks."""
-    with io.open_code(os.path.abspath(path)) as file:
+    argv = [path, *argv]
+    path = os.path.abspath(path)
+    with io.open_code(path) as file:
         source = file.read()
     main = types.ModuleType("__main__")
     main.__file__, main.__loader__ = path, SourceFileLoader("__main__", path)
     sys.modules["__main__"] = main
-    sys.argv = [path, *argv]
+    sys.argv = argv
     sys.path[0] = os.path.dirname(os.path.realpath(path))
     hook = sys.excepthook
 

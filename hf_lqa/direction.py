@@ -27,6 +27,12 @@ def full(scalar: Tensor) -> Tensor:
     return full_tensor() if full_tensor is not None else scalar
 
 
+@torch.no_grad()
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor, or this rank's shard of it, sharing its memory: `DTensor` knows few of the foreach operations."""
+    return [getattr(t, "to_local")() if hasattr(t, "full_tensor") else t for t in tensors]  # noqa: B009
+
+
 def mean_over_ranks(scalars: Tensor) -> Tensor:
     """The mean of `scalars` over all ranks of the default process group; `scalars` itself where there is none."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -90,12 +96,16 @@ def _copy_state(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters that a step of `base` moves."""
+    return [p for group in base.param_groups for p in group["params"] if p.grad is not None]
+
+
 class Direction:
     """The weights a step starts from and the base optimizer's update of them at unit learning rate.
 
     ``theta(alpha) = origin + alpha * direction``, where ``direction`` has one tensor per parameter that has a gradient
-    (`params`), each of its parameter's shape and dtype. Beyond the weights themselves it holds two copies of them while
-    the loss is probed (origin and direction), and one (direction) after `commit`.
+    (`params`), each of its parameter's shape and dtype. Beyond the weights themselves it holds two copies of them.
 
     Args:
         base: the optimizer to rehearse. Its weights, gradients, state, param groups and attributes are the same
@@ -104,8 +114,8 @@ class Direction:
     """
 
     def __init__(self, base: torch.optim.Optimizer, lr: list[float]):
-        self.params: list[Tensor] = [p for g in base.param_groups for p in g["params"] if p.grad is not None]
-        self.origin: list[Tensor] | None = [p.detach().clone() for p in self.params]
+        self.params = with_gradient(base)
+        self.origin: list[Tensor] = [p.detach().clone() for p in self.params]
         self.direction: list[Tensor] = [torch.empty_like(p) for p in self.origin]
         scale = self._scale()
         try:
@@ -113,7 +123,7 @@ class Direction:
                 self._rehearse(base, [r * scale for r in lr], set(chunk))
         finally:
             self.restore()
-        torch._foreach_div_(self.direction, scale)
+        torch._foreach_div_(local(self.direction), scale)
 
     def _scale(self) -> float:
         """A power of two by which the rehearsed learning rate is enlarged.
@@ -122,7 +132,6 @@ class Direction:
         gradient's order, so with this factor it is at least of the weights' order, and their rounding error is
         one unit in the last place of the update. fp16 has no exponents to spare.
         """
-        assert self.origin is not None
         if any(p.dtype is torch.float16 for p in self.params):
             return 1.0
         weights = math.sqrt(float(dot(self.origin, self.origin)))
@@ -135,7 +144,6 @@ class Direction:
 
     def _rehearse(self, base: torch.optim.Optimizer, lr: list[float], chunk: set[int]) -> None:
         """Step `base` on the parameters of `chunk` alone, keep the difference, put the optimizer back."""
-        assert self.origin is not None
         kept_groups, kept_attributes = base.param_groups, dict(vars(base))
         kept_grads = [p.grad for p in self.params]
         missing = object()
@@ -167,43 +175,62 @@ class Direction:
                     else:
                         base.state[p] = kept_state[i]
 
-    @classmethod
-    def restored(cls, directions: dict[Tensor, Tensor]) -> Direction:
-        """A committed direction, from a checkpoint: parameter -> its direction."""
-        self = cls.__new__(cls)
-        self.params, self.direction, self.origin = list(directions), list(directions.values()), None
-        return self
-
-    def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """The direction by each parameter's number in an optimizer's `state_dict`."""
-        position = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
-        return {position[p]: d for p, d in zip(self.params, self.direction, strict=True)}
-
     @torch.no_grad()
     def move_to(self, alpha: float) -> None:
         """Set the weights to ``origin + alpha * direction`` (in place)."""
         self.restore()
-        torch._foreach_add_(self.params, self.direction, alpha=alpha)
+        torch._foreach_add_(local(self.params), local(self.direction), alpha=alpha)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set the weights to the origin, by copy: bit for bit."""
-        assert self.origin is not None
-        torch._foreach_copy_(self.params, self.origin)
+        torch._foreach_copy_(local(self.params), local(self.origin))
         # Inside a held autocast context the casts of the weights made at the previous position would be used again.
         torch.clear_autocast_cache()
 
-    def commit(self) -> None:
-        """Forget the origin; `slope` keeps working at whatever weights come next."""
-        self.origin = None
+    def slope(self) -> Tensor:
+        """``<gradient, direction>``: the derivative of the loss along the direction, at the origin. See `dot`."""
+        return _gradient_along(self.params, self.direction)
+
+
+class Displacement:
+    """The move ``theta_{t+1} - theta_t`` of a step, kept for the next batch's gradient: one copy of the weights.
+
+    Args:
+        params: the parameters that have a gradient.
+        start: copies of them, taken before the step; taken over, not copied again. `None`: copied now.
+    """
+
+    def __init__(self, params: list[Tensor], start: list[Tensor] | None = None):
+        self.params = params
+        self.move = [p.detach().clone() for p in params] if start is None else start
 
     @torch.no_grad()
-    def slope(self) -> Tensor:
-        """``<gradient, direction>`` with the gradients as they are now: the derivative of the loss along the direction.
+    def close(self) -> None:
+        """To be called after the step, once."""
+        moves = local(self.move)
+        torch._foreach_sub_(moves, local([p.detach() for p in self.params]))
+        torch._foreach_neg_(moves)
 
-        A parameter whose gradient is missing counts as 0. 0-dim tensor, see `dot`.
-        """
-        pairs = [(p.grad.detach(), d) for p, d in zip(self.params, self.direction, strict=True) if p.grad is not None]
-        if not pairs:
-            return torch.zeros(())
-        return dot([g for g, _ in pairs], [d for _, d in pairs])
+    def slope(self) -> Tensor:
+        """``<gradient, displacement>`` with the gradients as they are now, 0-dim tensor, see `dot`."""
+        return _gradient_along(self.params, self.move)
+
+    @classmethod
+    def restored(cls, moves: dict[Tensor, Tensor]) -> Displacement:
+        """From a checkpoint: parameter -> its move."""
+        return cls(list(moves), list(moves.values()))
+
+    def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
+        """The moves by each parameter's number in an optimizer's `state_dict`."""
+        position = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+        return {position[p]: move for p, move in zip(self.params, self.move, strict=True)}
+
+
+@torch.no_grad()
+def _gradient_along(params: list[Tensor], direction: list[Tensor]) -> Tensor:
+    """A parameter whose gradient is missing counts as 0."""
+    pairs = [(p.grad.detach(), d) for p, d in zip(params, direction, strict=True) if p.grad is not None]
+    if not pairs:
+        return torch.zeros(())
+    return dot([g for g, _ in pairs], [d for _, d in pairs])

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Direction, full, mean_over_ranks
+from .direction import Direction, Displacement, full, mean_over_ranks, with_gradient
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
-_GROUP_KEY, _DIRECTION_KEY = "lqa", "lqa_direction"
+_GROUP_KEY, _MOVE_KEY = "lqa", "lqa_move"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class LQA(torch.optim.Optimizer):
         step_size: the step size last applied, in units of the direction, schedule included; `None` before any.
         last_fit: the `Fit` of the last probe, `None` before any.
         last_probe: its `ProbeRecord`.
-        last_end_slope: slope at the end of the last probed step, on the batch after it; `None` before any.
+        last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the level; the last that
+            was measured, `None` before any.
         counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict.
 
     Raises:
@@ -100,7 +101,9 @@ class LQA(torch.optim.Optimizer):
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
-        self._direction: Direction | None = None
+        # The last step's move, while its end slope is still to be measured, and the level it was taken at.
+        self._displacement: Displacement | None = None
+        self._level = 0.0
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
@@ -181,24 +184,20 @@ class LQA(torch.optim.Optimizer):
         closure = closure if closure is not None else self._armed
         lr = self._lr()
         multiplier = max(lr)
-        if multiplier <= 0 or not self._has_gradient():
+        if multiplier <= 0 or not with_gradient(self.base):
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
             self.base.step()
             self.step_size = 0.0
             self._disarm()
             return
-        clip = 1.0
-        if self._clipping is not None:
-            norm, max_norm = float(_scalar(self._clipping[0])), self._clipping[1]
-            if not math.isfinite(norm):
-                self._skip()
-                return
-            clip = min(1.0, max_norm / (norm + 1e-6))
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
-        end_slope: float | None = None
-        if self._direction is not None:
-            (end_slope,) = self._read(self._direction.slope() / clip)
-        direction, probe, slope = None, None, 0.0
+        norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
+        ended = self._displacement.slope() / self._level if self._displacement is not None else 0.0
+        norm, end_slope = self._read(norm, ended)
+        if not (math.isfinite(norm) and math.isfinite(end_slope)):
+            self._skip()
+            return
+        direction, probe = None, None
         if self.wants_probe:
             if closure is None and self.policy.step_size is None:
                 raise ValueError(
@@ -207,22 +206,20 @@ class LQA(torch.optim.Optimizer):
                 )
             if closure is not None:
                 begun = time.perf_counter()
+                clip = min(1.0, max_norm / (norm + 1e-6))
                 direction, probe, slope = self._probe(closure, [x / multiplier for x in lr], clip)
                 self.probe_seconds += time.perf_counter() - begun
-        if not all(math.isfinite(s) for s in (end_slope or 0.0, slope)):
-            self._skip()
-            return
-        if end_slope is not None:
-            self.last_end_slope, self._direction = end_slope, None
+                if not math.isfinite(slope):
+                    self._skip()
+                    return
+        if self._displacement is not None:
+            self.last_end_slope, self._displacement = end_slope, None
             self.policy.observe_end(end_slope)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
             self.policy.observe_probe(probe.fit, probe.radius)
-        self._advance(self.policy.step_size or 0.0, multiplier)
-        if direction is not None and self.policy.needs_end_slope:
-            direction.commit()
-            self._direction = direction
+        self._advance(multiplier, direction.origin if direction is not None else None)
         self._disarm()
 
     def _probe(
@@ -262,18 +259,26 @@ class LQA(torch.optim.Optimizer):
         self.counts["probe_forwards"] += forwards
         return direction, probe, slope
 
-    def _advance(self, step_size: float, multiplier: float) -> None:
-        """`base.step()` at learning rates ``step_size * lr``."""
+    def _advance(self, multiplier: float, origin: list[Tensor] | None) -> None:
+        """`base.step()` at learning rates ``level * factor * lr``; `origin`, if at hand, are copies of the weights."""
+        step, level = self.counts["steps"], self.policy.step_size or 0.0
+        scale = level * self.policy.factor(step)
+        displacement = None
+        if scale > 0 and self.policy.wants_end_slope(step):
+            displacement = Displacement(with_gradient(self.base), origin)
         lr = [group["lr"] for group in self.param_groups]
         try:
             for group, value in zip(self.param_groups, lr, strict=True):
-                group["lr"] = value * step_size
+                group["lr"] = value * scale
             self.base.step()
         finally:
             for group, value in zip(self.param_groups, lr, strict=True):
                 group["lr"] = value
-        self.step_size = step_size * multiplier
-        self.counts["steps"] += 1
+        if displacement is not None:
+            displacement.close()
+            self._displacement, self._level = displacement, level
+        self.step_size = scale * multiplier
+        self.counts["steps"] = step + 1
 
     def _skip(self) -> None:
         """Leave weights and base optimizer alone: the gradient is not finite."""
@@ -283,9 +288,6 @@ class LQA(torch.optim.Optimizer):
 
     def _disarm(self) -> None:
         self._armed = self._clipping = None
-
-    def _has_gradient(self) -> bool:
-        return any(p.grad is not None for group in self.param_groups for p in group["params"])
 
     def _read(self, *values: Tensor | float) -> list[float]:
         """Scalars as Python floats, averaged over ranks: one collective, one synchronisation."""
@@ -303,8 +305,8 @@ class LQA(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
 
-        There it survives every checkpoint format that keeps optimizers, FSDP's included. The direction of a step whose
-        end slope is still to be measured travels with the state of the parameters.
+        There it survives every checkpoint format that keeps optimizers, FSDP's included. The move of a step whose end
+        slope is still to be measured travels with the state of the parameters.
         """
         state_dict = self.base.state_dict()
         own = {
@@ -312,20 +314,20 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
-            "pending": None if self._direction is None else sorted(self._direction.by_index(self.param_groups)),
+            "pending_level": self._level if self._displacement is not None else 0.0,
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
-        # One string: checkpoints of sharded optimizers take dicts apart and load only the keys that a fresh optimizer has.
+        # One string: checkpoints of sharded optimizers take dicts apart and load only keys that a fresh optimizer has.
         groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        if self.policy.needs_end_slope:
-            directions = {} if self._direction is None else self._direction.by_index(self.param_groups)
-            for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
-                # For the same reason sharded parameters have one always.
-                if i in directions or (hasattr(p, "full_tensor") and p.requires_grad):
-                    direction = directions[i] if i in directions else torch.zeros_like(p, requires_grad=False)
-                    state.setdefault(i, {})[_DIRECTION_KEY] = direction
+        moves = {} if self._displacement is None else self._displacement.by_index(self.param_groups)
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if i not in moves and hasattr(p, "full_tensor") and p.requires_grad:
+                # For the same reason sharded parameters have a move always.
+                moves[i] = torch.zeros_like(p, requires_grad=False)
+        for i, move in moves.items():
+            state.setdefault(i, {})[_MOVE_KEY] = move
         return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -348,9 +350,9 @@ class LQA(torch.optim.Optimizer):
         self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
         # Cast and placed by the base's load_state_dict like its own state.
-        directions = {p: s.pop(_DIRECTION_KEY) for p, s in self.state.items() if _DIRECTION_KEY in s}
-        pending, params = own["pending"], [p for group in self.param_groups for p in group["params"]]
-        self._direction = None if pending is None else Direction.restored({params[i]: directions[params[i]] for i in pending})
+        moves = {p: s.pop(_MOVE_KEY) for p, s in self.state.items() if _MOVE_KEY in s}
+        self._level = own["pending_level"]
+        self._displacement = Displacement.restored(moves) if self._level > 0 else None
 
 
 def _scalar(value: Tensor | float) -> Tensor | float:

@@ -40,8 +40,6 @@ class PaperPolicy:
     """
 
     name: ClassVar[str] = "paper"
-    #: Whether `observe_end` is needed: it costs a copy of the direction between two steps.
-    needs_end_slope: ClassVar[bool] = False
     _MAX_RADIUS_SCALE: ClassVar[float] = 16.0
 
     tau: float = 0.03
@@ -70,6 +68,14 @@ class PaperPolicy:
         """Whether step number `step` (from 0) should be probed. The same on all ranks: it depends on counts alone."""
         return self.step_size is None or step % self.probe_interval == 0
 
+    def wants_end_slope(self, step: int) -> bool:
+        """Whether the slope at the end of step `step` is to be observed: a copy of the weights until the next step."""
+        return False
+
+    def factor(self, step: int) -> float:
+        """What multiplies the step size at step `step`, beside the schedule."""
+        return 1.0
+
     def radius(self, loss: float, slope: float) -> float | None:
         """The probe radius in units of the direction, from the training loss and ``<gradient, direction>``.
 
@@ -94,6 +100,9 @@ class PaperPolicy:
             self.step_size = fit.step_size
         elif self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
             self.step_size = radius
+
+    def observe_end(self, slope: float) -> None:
+        """Take the next batch's slope at the end of a step, ``<gradient, displacement> / step_size``."""
 
     def _adapt_radius(self, fit: Fit) -> None:
         if fit.verdict is Verdict.BELOW_NOISE:
@@ -123,33 +132,64 @@ class PaperPolicy:
 
 @dataclass
 class CrossBatchPolicy(PaperPolicy):
-    """Differs from `PaperPolicy` in where the parabola's second condition comes from: the next batch's gradient."""
+    """Differs from `PaperPolicy` in where the parabola's second condition comes from: the next batch's gradient.
+
+    A batch's own parabola counts the batch's own noise as progress. The slope at the *end* of a step, measured by the
+    gradient of the batch after it (which training computes anyway), does not: along the line through both points the
+    fresh parabola has its minimum where that slope is 0. The level is moved towards that zero on a logarithmic scale,
+    by AdaGrad (Duchi et al. 2011), whose normalisation needs no unit and no second constant:
+
+        y      = <gradient_{t+1}, theta_{t+1} - theta_t> / level          < 0: a fresh batch says "further"
+        total += y**2
+        level *= exp(-eta * y / sqrt(total))
+
+    One observation moves the level by at most ``exp(eta)``; the moves fade as evidence accumulates, and late batches
+    with small gradients cannot undo what the early ones showed. The first level is the probe radius. During the first
+    `warmup` steps the level is ramped up linearly and not observed: while a fresh head and biases are learned, the end
+    slope is negative at every rate.
+
+    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
+
+    Probes are dense at the start and rare later: after step ``n`` the next is ``min(n, probe_interval)`` steps away.
+    """
 
     name: ClassVar[str] = "cross_batch"
-    needs_end_slope: ClassVar[bool] = True
 
-    probe_interval: int = 4
-    decay: float = 0.9
-    max_factor: float = 1.5
-    start_slope: float | None = field(default=None, init=False)
-    mean_start: float = field(default=0.0, init=False)
-    mean_end: float = field(default=0.0, init=False)
+    probe_interval: int = 50
+    eta: float = 0.25
+    warmup: int = 12
+    total: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
+        _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
+
+    def cadence(self) -> str:
+        return f"probes at steps 1, 2, 3, 5, 9, ... and then every {self.probe_interval}"
+
+    def wants_probe(self, step: int) -> bool:
+        if step < self.probe_interval:
+            return self.step_size is None or step & (step - 1) == 0
+        return self.step_size is None or step % self.probe_interval == 0
+
+    def wants_end_slope(self, step: int) -> bool:
+        return step >= self.warmup - 1
+
+    def factor(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
     def observe_probe(self, fit: Fit, radius: float) -> None:
         self._adapt_radius(fit)
-        if self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
-            self.step_size = radius if math.isfinite(radius) else None
-        self.start_slope = fit.slope if math.isfinite(fit.slope) else None
+        if self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
+            self.step_size = radius
 
     def observe_end(self, slope: float) -> None:
-        """Take the slope at the end of the probed step, ``<next batch's gradient, direction>``."""
-        if self.start_slope is None or self.step_size is None:
+        if self.step_size is None or not math.isfinite(slope * slope):
             return
-        self.mean_start = self.decay * self.mean_start + (1 - self.decay) * abs(self.start_slope)
-        self.mean_end = self.decay * self.mean_end + (1 - self.decay) * slope
-        if self.mean_start > 0:
-            factor = 1 - self.mean_end / self.mean_start
-            self.step_size *= min(max(factor, 1 / self.max_factor), self.max_factor)
+        self.total += slope * slope
+        if self.total > 0:
+            self.step_size *= math.exp(-self.eta * slope / math.sqrt(self.total))
 
 
 Policy = PaperPolicy
