@@ -22,7 +22,7 @@ _STYLES = [
     ("#56B4E9", "--"),
 ]
 _DARK, _BLUE, _ORANGE = "#000000", "#0072B2", "#E69F00"
-_EPSILON = 2.0**-23
+_EPSILON = 2.0**-23  # of float32; with less precise types, more fits drown in rounding errors
 _MARKERS = dict(zip(Verdict, "o^vXDs", strict=True))
 
 
@@ -51,31 +51,25 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def probes(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per logged probe, with its ``fit``: an entry of the log shows the last probe before it."""
-    found: list[dict[str, Any]] = []
-    rejected = forwards = 0
-    for entry in log:
-        step = entry.get("lqa_probe_step")
-        if step is None or (found and step == found[-1]["lqa_probe_step"]):
-            continue
-        fit = _fit(entry)
-        # That a fit was refused for rounding errors larger than those of float32 shows in the count alone.
-        since = entry["lqa_probe_forwards"] - forwards
-        if fit.verdict.usable and since > 0 and 2 * (entry["lqa_rejected"] - rejected) >= since:
-            fit = Fit(fit.slope, fit.curvature, None, Verdict.BELOW_NOISE)
-        rejected, forwards = entry["lqa_rejected"], entry["lqa_probe_forwards"]
-        found.append({**entry, "fit": fit})
-    return found
+    entries = [entry for entry in log if "lqa_probe_step" in entry]
+    return [{**entry, "fit": _fit(entry)} for entry in _changes(entries, "lqa_probe_step")]
 
 
 def _fit(entry: dict[str, Any]) -> Fit:
+    """The fit behind an entry. Bound and rounding error are not logged, but whether it gave a step size is."""
     names = ("lqa_loss_minus", "lqa_loss_center", "lqa_loss_plus", "lqa_probe_radius")
     minus, center, plus, radius = (entry.get(name, math.nan) for name in names)
-    if not radius > 0:
-        return Fit(entry.get("lqa_slope", math.nan), math.nan, None, Verdict.NON_FINITE)
-    slope = fit_losses(minus, center, plus, radius).slope
-    # The bound is that of `PaperPolicy.max_step`, the noise that of float32.
-    bound = (2 * abs(center) / abs(slope) if slope else 0) or math.inf
-    return fit_losses(minus, center, plus, radius, noise=_EPSILON * abs(center), max_step=bound)
+    if not radius > 0:  # nothing to probe along: flat, or not finite
+        flat = entry.get("lqa_slope") == 0
+        return Fit(
+            entry.get("lqa_slope", math.nan), math.nan, None, Verdict.NON_DESCENT if flat else Verdict.NON_FINITE
+        )
+    fit, found = fit_losses(minus, center, plus, radius), entry.get("lqa_fit_step_size")
+    if found is not None:
+        clamped = fit.step_size is not None and found < 0.999 * fit.step_size
+        return Fit(fit.slope, fit.curvature, found, Verdict.CLAMPED if clamped else Verdict.ACCEPTED)
+    refused = fit_losses(minus, center, plus, radius, noise=_EPSILON * abs(center))
+    return refused if not refused.verdict.usable else Fit(fit.slope, fit.curvature, None, Verdict.BELOW_NOISE)
 
 
 def plot(
@@ -201,7 +195,7 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
     steps, rates = _series(log, "learning_rate")
     rate.plot(steps, [r or math.nan for r in rates], color=_DARK, label="applied")
     steps, levels = _series(log, "lqa_level")
-    rate.plot(steps, levels, color=_BLUE, linestyle="--", label="before the schedule's factor")
+    rate.plot(steps, levels, color=_BLUE, linestyle="--", label="level, before warm-up and schedule")
     rate.set_yscale("log")
     rate.set_ylabel("learning rate")
     rate.legend(fontsize="small")

@@ -143,7 +143,7 @@ def measurements(lqa: LQA) -> dict[str, float]:
     """What is logged beside the loss. Values of the last probe are left out until there is one, or where not finite."""
     found: dict[str, float | None] = {
         "lqa_step_size": lqa.step_size,
-        "lqa_level": lqa.policy.step_size,  # before the schedule's factor
+        "lqa_level": lqa.policy.step_size,  # before warm-up and schedule
         "lqa_end_slope": lqa.last_end_slope,
         "lqa_rejected": lqa.rejected,
         "lqa_skipped": lqa.counts["skipped"],
@@ -153,6 +153,7 @@ def measurements(lqa: LQA) -> dict[str, float]:
         found |= {
             "lqa_slope": probe.fit.slope,
             "lqa_curvature": probe.fit.curvature,
+            "lqa_fit_step_size": probe.fit.step_size,  # left out where the fit was rejected
             "lqa_probe_radius": probe.radius,
             "lqa_probe_step": probe.step + 1,
             "lqa_loss_minus": probe.loss_minus,

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lqa")
-    trainer = trained(folder, max_steps=24, optim_args="probe_interval=1")
+    trainer = trained(folder, max_steps=24, optim_args="probe_interval=1,warmup=0")
     trainer.save_state()
     return folder, trainer
 
@@ -49,12 +49,14 @@ def test_every_probe_has_its_parabola_and_verdict(run):
     assert is_png(plot(folder, probe=3))
 
 
-def test_rounding_errors_are_not_shown_as_accepted():
+def test_rounding_errors_and_bounds_are_seen_by_what_they_did():
     entry = {"lqa_probe_step": 1, "lqa_loss_minus": 1.1, "lqa_loss_center": 1.0, "lqa_loss_plus": 0.95}
-    entry |= {"lqa_probe_radius": 1e-4, "lqa_probe_forwards": 2}
-    (accepted,) = probes([{**entry, "lqa_rejected": 0}])
+    entry |= {"lqa_probe_radius": 1e-4}
+    (accepted,) = probes([{**entry, "lqa_fit_step_size": 1.5e-4}])
     assert accepted["fit"].verdict is Verdict.ACCEPTED
-    (refused,) = probes([{**entry, "lqa_rejected": 1}])
+    (clamped,) = probes([{**entry, "lqa_fit_step_size": 1e-4}])
+    assert clamped["fit"].verdict is Verdict.CLAMPED and clamped["fit"].step_size == 1e-4
+    (refused,) = probes([entry])
     assert refused["fit"].verdict is Verdict.BELOW_NOISE and refused["fit"].step_size is None
 
 
