@@ -60,7 +60,8 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
             a, b = a.values(), b[a.indices()[0]]
         if a.dtype in (torch.float16, torch.bfloat16):
             a, b = a.float(), b.float()
-        products.append(full((a * b).sum()))
+        # For plain tensors without a temporary, which on a CPU costs several times the arithmetic.
+        products.append(full((a * b).sum()) if hasattr(a, "full_tensor") else torch.dot(a.reshape(-1), b.reshape(-1)))
     device = products[0].device
     return torch.stack([p.to(device=device, dtype=torch.promote_types(p.dtype, torch.float32)) for p in products]).sum()
 
@@ -194,37 +195,38 @@ class Direction:
 
 
 class Displacement:
-    """The move ``theta_{t+1} - theta_t`` of a step, kept for the next batch's gradient: one copy of the weights.
+    """The move ``theta_{t+1} - theta_t`` of a step, kept for the next batch's gradient, in one copy of the weights.
+
+    Used again from step to step, because fresh memory costs more than the copying.
 
     Args:
         params: the parameters that have a gradient.
-        start: copies of them, taken before the step; taken over, not copied again. `None`: copied now.
+        backward: ``theta_t - theta_{t+1}`` for each, from a checkpoint; allocated if not given.
     """
 
-    def __init__(self, params: list[Tensor], start: list[Tensor] | None = None):
+    def __init__(self, params: list[Tensor], backward: list[Tensor] | None = None):
         self.params = params
-        self.move = [p.detach().clone() for p in params] if start is None else start
+        # The sign is what one subtraction in place leaves.
+        self.backward = [torch.empty_like(p, requires_grad=False) for p in params] if backward is None else backward
 
     @torch.no_grad()
-    def close(self) -> None:
-        """To be called after the step, once."""
-        moves = local(self.move)
-        torch._foreach_sub_(moves, local([p.detach() for p in self.params]))
-        torch._foreach_neg_(moves)
+    def begin(self) -> None:
+        """To be called before the step."""
+        torch._foreach_copy_(local(self.backward), local(self.params))
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """To be called after it."""
+        torch._foreach_sub_(local(self.backward), local(self.params))
 
     def slope(self) -> Tensor:
-        """``<gradient, displacement>`` with the gradients as they are now, 0-dim tensor, see `dot`."""
-        return _gradient_along(self.params, self.move)
-
-    @classmethod
-    def restored(cls, moves: dict[Tensor, Tensor]) -> Displacement:
-        """From a checkpoint: parameter -> its move."""
-        return cls(list(moves), list(moves.values()))
+        """``<gradient, move>`` with the gradients as they are now, 0-dim tensor, see `dot`."""
+        return -_gradient_along(self.params, self.backward)
 
     def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """The moves by each parameter's number in an optimizer's `state_dict`."""
+        """`backward` by each parameter's number in an optimizer's `state_dict`."""
         position = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
-        return {position[p]: move for p, move in zip(self.params, self.move, strict=True)}
+        return {position[p]: move for p, move in zip(self.params, self.backward, strict=True)}
 
 
 @torch.no_grad()

@@ -101,9 +101,9 @@ class LQA(torch.optim.Optimizer):
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
-        # The last step's move, while its end slope is still to be measured, and the level it was taken at.
         self._displacement: Displacement | None = None
-        self._level = 0.0
+        # The level at which the last step was taken, while its end slope is still to be measured; otherwise 0.
+        self._pending_level = 0.0
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
@@ -192,12 +192,14 @@ class LQA(torch.optim.Optimizer):
             return
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
-        ended = self._displacement.slope() / self._level if self._displacement is not None else 0.0
+        ended: Tensor | float = 0.0
+        if self._displacement is not None and self._pending_level > 0:
+            ended = self._displacement.slope() / self._pending_level
         norm, end_slope = self._read(norm, ended)
         if not (math.isfinite(norm) and math.isfinite(end_slope)):
             self._skip()
             return
-        direction, probe = None, None
+        probe = None
         if self.wants_probe:
             if closure is None and self.policy.step_size is None:
                 raise ValueError(
@@ -207,25 +209,23 @@ class LQA(torch.optim.Optimizer):
             if closure is not None:
                 begun = time.perf_counter()
                 clip = min(1.0, max_norm / (norm + 1e-6))
-                direction, probe, slope = self._probe(closure, [x / multiplier for x in lr], clip)
+                probe, slope = self._probe(closure, [x / multiplier for x in lr], clip)
                 self.probe_seconds += time.perf_counter() - begun
                 if not math.isfinite(slope):
                     self._skip()
                     return
-        if self._displacement is not None:
-            self.last_end_slope, self._displacement = end_slope, None
+        if self._pending_level > 0:
+            self.last_end_slope, self._pending_level = end_slope, 0.0
             self.policy.observe_end(end_slope)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
             self.policy.observe_probe(probe.fit, probe.radius)
-        self._advance(multiplier, direction.origin if direction is not None else None)
+        self._advance(multiplier)
         self._disarm()
 
-    def _probe(
-        self, closure: Callable[[], Tensor], lr: list[float], clip: float
-    ) -> tuple[Direction, ProbeRecord | None, float]:
-        """Measure along the direction at relative rates `lr`: (direction, record, ``<gradient, direction>``)."""
+    def _probe(self, closure: Callable[[], Tensor], lr: list[float], clip: float) -> tuple[ProbeRecord, float]:
+        """Measure along the direction at relative rates `lr`: (record, ``<gradient, direction>``)."""
         direction = Direction(self.base, lr)
         known: Tensor | None = getattr(closure, "loss", None)
         center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
@@ -257,15 +257,18 @@ class LQA(torch.optim.Optimizer):
             )
             probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         self.counts["probe_forwards"] += forwards
-        return direction, probe, slope
+        return probe, slope
 
-    def _advance(self, multiplier: float, origin: list[Tensor] | None) -> None:
-        """`base.step()` at learning rates ``level * factor * lr``; `origin`, if at hand, are copies of the weights."""
+    def _advance(self, multiplier: float) -> None:
+        """`base.step()` at learning rates ``level * factor * lr``."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         scale = level * self.policy.factor(step)
-        displacement = None
-        if scale > 0 and self.policy.wants_end_slope(step):
-            displacement = Displacement(with_gradient(self.base), origin)
+        observed = scale > 0 and self.policy.wants_end_slope(step)
+        if observed:
+            params = with_gradient(self.base)
+            if self._displacement is None or not _same(self._displacement.params, params):
+                self._displacement = Displacement(params)
+            self._displacement.begin()
         lr = [group["lr"] for group in self.param_groups]
         try:
             for group, value in zip(self.param_groups, lr, strict=True):
@@ -274,9 +277,10 @@ class LQA(torch.optim.Optimizer):
         finally:
             for group, value in zip(self.param_groups, lr, strict=True):
                 group["lr"] = value
-        if displacement is not None:
-            displacement.close()
-            self._displacement, self._level = displacement, level
+        if observed:
+            assert self._displacement is not None
+            self._displacement.end()
+            self._pending_level = level
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -314,14 +318,16 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
-            "pending_level": self._level if self._displacement is not None else 0.0,
+            "pending_level": self._pending_level,
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
         # One string: checkpoints of sharded optimizers take dicts apart and load only keys that a fresh optimizer has.
         groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        moves = {} if self._displacement is None else self._displacement.by_index(self.param_groups)
+        moves: dict[int, Tensor] = {}
+        if self._displacement is not None and self._pending_level > 0:
+            moves = self._displacement.by_index(self.param_groups)
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if i not in moves and hasattr(p, "full_tensor") and p.requires_grad:
                 # For the same reason sharded parameters have a move always.
@@ -351,8 +357,8 @@ class LQA(torch.optim.Optimizer):
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
         # Cast and placed by the base's load_state_dict like its own state.
         moves = {p: s.pop(_MOVE_KEY) for p, s in self.state.items() if _MOVE_KEY in s}
-        self._level = own["pending_level"]
-        self._displacement = Displacement.restored(moves) if self._level > 0 else None
+        self._pending_level = own["pending_level"]
+        self._displacement = Displacement(list(moves), list(moves.values())) if self._pending_level > 0 else None
 
 
 def _scalar(value: Tensor | float) -> Tensor | float:
@@ -369,3 +375,8 @@ def _to_plain(probe: ProbeRecord) -> dict[str, Any]:
 def _from_plain(plain: dict[str, Any]) -> ProbeRecord:
     fit = Fit(**{**plain["fit"], "verdict": Verdict(plain["fit"]["verdict"])})
     return ProbeRecord(**{**plain, "fit": fit})
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether two lists hold the same objects; ``==`` would compare the tensors' elements."""
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
