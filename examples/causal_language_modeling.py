@@ -77,6 +77,7 @@ def load_data(args: DataArguments) -> DatasetDict:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse(sys.argv[1:] if argv is None else argv)
+    training_args.logging_first_step = True  # for the plot, however few the steps
     set_seed(training_args.seed)
     data = load_data(data_args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)

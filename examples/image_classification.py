@@ -91,6 +91,7 @@ def load_data(args: DataArguments) -> DatasetDict:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse(sys.argv[1:] if argv is None else argv)
+    training_args.logging_first_step = True  # for the plot, however few the steps
     training_args.remove_unused_columns = False  # images become pixels when a batch is made
     set_seed(training_args.seed)
     data = load_data(data_args)

@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
 
 def main(argv: list[str] | None = None) -> None:
     args, training_args = parse(sys.argv[1:] if argv is None else argv)
+    training_args.logging_first_step = True  # for the plot, however few the steps
     if not os.path.isfile(args.train_file):
         raise ValueError(f"--train_file {args.train_file}: there is no such file")
     set_seed(training_args.seed)

@@ -87,6 +87,7 @@ def load_data(args: DataArguments) -> DatasetDict:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse(sys.argv[1:] if argv is None else argv)
+    training_args.logging_first_step = True  # for the plot, however few the steps
     if not training_args.predict_with_generate:
         raise ValueError("--predict_with_generate is missing: without it there are no summaries to evaluate")
     set_seed(training_args.seed)

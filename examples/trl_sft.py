@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args, training_args = TrlParser((Arguments, SFTConfig)).parse_args_and_config(
         sys.argv[1:] if argv is None else argv
     )
+    training_args.logging_first_step = True  # for the plot, however few the steps
     if not os.path.isfile(args.train_file):
         raise ValueError(f"--train_file {args.train_file}: there is no such file")
     trainer = LQASFTTrainer(

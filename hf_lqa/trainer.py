@@ -54,6 +54,11 @@ class LQATrainerMixin(_Trainer):
                 " measures the learning rate. Leave it out, or choose another --optim",
                 stacklevel=3,
             )
+        if self.args.fp16 and self.accelerator.device.type == "cpu":
+            warnings.warn(
+                "fp16=True has no effect on a CPU: Accelerate trains in float32. Leave it out, or use bf16=True",
+                stacklevel=3,
+            )
         self.add_callback(Announcement(self))
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -156,6 +156,11 @@ def test_a_learning_rate_given_by_hand_is_warned_about(tmp_path):
         LQATrainer(tiny_bert(), arguments(tmp_path, optim="adamw_torch", learning_rate=1e-3), train_dataset=rows())
 
 
+def test_half_precision_without_a_device_for_it_is_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match=r"fp16=True has no effect on a CPU.*Leave it out"):
+        LQATrainer(tiny_bert(), arguments(tmp_path, fp16=True), train_dataset=rows())
+
+
 def test_start_and_end_are_announced(tmp_path, capsys):
     trained(tmp_path)
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("LQA:")]
