@@ -65,7 +65,7 @@ def main() -> None:
         direction.move_to(distance)
         return float(closure())
 
-    radius = PaperPolicy().radius(float(loss), float(direction.slope()))
+    radius = PaperPolicy().radius(loss.item(), direction.slope().item())
     losses = [loss_at(x) for x in (-radius, 0, radius)]
     fit = fit_losses(*losses, radius)
     print(fit)
