@@ -220,6 +220,21 @@ def test_parabola(files, tmp_path):
     assert (tmp_path / "parabola.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_two_processes(files, tmp_path):
+    config = EXAMPLES.parent / "configs" / "accelerate" / "two_cpu_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command += ["--config_file", config, EXAMPLES / "text_classification.py", "--model_name_or_path", files / "bert"]
+    command += [*both(files), "--output_dir", tmp_path, *SHORT]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(files / "home")}
+    done = subprocess.run([*map(str, command)], cwd=files, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_run(done.stdout, tmp_path, "accuracy")
+    assert done.stdout.count("accuracy: ") == 1
+    # 6 steps of 8 rows on each of two processes, of 72 rows
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(6 * 16 / 72, rel=0.1)
+
+
 @pytest.fixture
 def example(monkeypatch):
     """An example as a module, for what can be seen without a process of its own."""
@@ -287,6 +302,25 @@ def test_wrong_labels(example, files, tmp_path):
     flags += ["--train_file", str(files / "train.csv"), "--validation_file", str(validation)]
     with pytest.raises(ValueError, match="the validation data have labels that the training data lack: violet"):
         example("text_classification").main(flags)
+
+
+def commands():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [line for line in lines + re.findall(r"`([^`\n]+\.py[^`\n]*)`", text) if re.search(r"^\w.*examples/", line)]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split()[:3]))
+def test_commands_of_the_page_are_understood(example, command):
+    before, script, after = re.fullmatch(r"(.*)examples/(\w+)\.py(.*)", command).groups()
+    assert (EXAMPLES / f"{script}.py").is_file()
+    paths = re.findall(r"configs/\S+", command)
+    assert all((EXAMPLES.parent / path).is_file() for path in paths)
+    assert re.match("python |accelerate launch |torchrun ", before)
+    # Those with a configuration are parsed in test_configs.py.
+    if "--output_dir" in after:
+        _, data_args, training_args = example(script).parse(after.split())
+        assert training_args.max_steps == 200 and data_args.train_file == "train.csv"
 
 
 def test_rouge_l(example):
