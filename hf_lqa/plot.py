@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,15 @@ def plot(
     if probe is not None:
         figure, name = _draw_probe(figure_class, log, probe), f"lqa_probe_{probe}.png"
     elif compare:
-        logs = {_label(folder): read_log(folder) for folder in (output_dir, *compare)}
+        runs = [output_dir, *compare]
+        names = [Path(run).resolve().name for run in runs]
+        names = names if len(set(names)) == len(names) else [str(run) for run in runs]
+        logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
         figure, name = _draw_runs(figure_class, logs), "lqa_compare.png"
     elif any("lqa_step_size" in entry for entry in log):
         figure, name = _draw_run(figure_class, log), "lqa.png"
     else:
-        figure, name = _draw_runs(figure_class, {_label(output_dir): log}), "lqa.png"
+        figure, name = _draw_runs(figure_class, {Path(output_dir).resolve().name: log}), "lqa.png"
     path = Path(output) if output is not None else Path(output_dir) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -125,10 +128,6 @@ def _figure_class(show: bool) -> Any:
     except ImportError as error:
         raise ImportError('plots need matplotlib, which is not installed: pip install "hf-lqa[plot]"') from error
     return Figure
-
-
-def _label(folder: str | Path) -> str:
-    return Path(folder).resolve().name
 
 
 def _changes(log: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -167,7 +166,7 @@ def _draw_loss(axes: Any, log: Sequence[dict[str, Any]], name: str = "", color: 
     axes.set_ylabel("loss")
 
 
-def _draw_runs(figure_class: Any, logs: dict[str, Sequence[dict[str, Any]]]) -> Any:
+def _draw_runs(figure_class: Any, logs: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
     """Loss and learning rate of several runs."""
     figure = figure_class(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
@@ -254,7 +253,7 @@ def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> 
     xs = [min(ends) + (max(ends) - min(ends)) * i / 200 for i in range(201)]
 
     def parabola(x: float) -> float:
-        return center + fit.slope * x + fit.curvature / 2 * x * x  # type: ignore[no-any-return]
+        return center + fit.slope * x + fit.curvature / 2 * x * x
 
     axes.plot(xs, [parabola(x) for x in xs], color=_BLUE, linestyle="--", label="parabola")
     axes.plot([-radius, 0, radius], points, color=_DARK, linestyle="none", marker="o", label="losses measured")

@@ -1,6 +1,7 @@
 """Pictures of a run, from its trainer_state.json alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,15 @@ def test_compare_with_a_run_of_another_optimizer(run, tmp_path):
     path = plot(run[0], [tmp_path / "adamw"], output=tmp_path / "new" / "both.png")
     assert path == tmp_path / "new" / "both.png" and is_png(path)
     assert is_png(plot(tmp_path / "adamw"))
+
+
+def test_runs_in_folders_of_the_same_name_are_both_drawn(run, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("hf_lqa.plot._draw_runs", lambda make, logs: drawn.update(logs) or make())
+    for name in ("a/out", "b/out"):
+        shutil.copytree(run[0], tmp_path / name)
+    plot(tmp_path / "a" / "out", [tmp_path / "b" / "out"])
+    assert [*drawn] == [str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")]
 
 
 def test_every_probe_has_its_parabola_and_verdict(run):
