@@ -291,6 +291,24 @@ def test_wrong_input(example, files, tmp_path, changes, message):
         example("text_classification").main(argv)
 
 
+def test_a_data_set_with_named_classes_and_pairs_of_texts(example, files, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["not_equivalent", "equivalent"]
+    features = Features({"first": Value("string"), "second": Value("string"), "label": ClassLabel(names=names)})
+    rows = [{"first": f"the {w} dog", "second": f"a {w} cat", "label": i % 2} for i, w in enumerate(WORDS)]
+    for split in ("train", "validation"):
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "pairs" / "data" / f"{split}.parquet")
+    flags = ["--model_name_or_path", files / "bert", "--dataset_name", tmp_path / "pairs", "--text_column", "first"]
+    flags += ["--text_pair_column", "second", "--output_dir", tmp_path / "out", *SHORT]
+    results = example("text_classification").main([str(flag) for flag in flags])
+    assert 0 <= results["eval_accuracy"] <= 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "not_equivalent", "1": "equivalent"}
+    with pytest.raises(ValueError, match=r"--validation_split test: .* has the splits train, validation"):
+        example("text_classification").main([*map(str, flags), "--validation_split", "test"])
+
+
 def test_wrong_labels(example, files, tmp_path):
     flags = ["--model_name_or_path", str(files / "bert"), "--output_dir", str(tmp_path), "--label_column", "score"]
     flags += [str(f) for f in both(files, "numbers_")]

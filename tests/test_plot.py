@@ -31,6 +31,17 @@ def test_one_run(run):
     assert path == run[0] / "lqa.png" and is_png(path)
 
 
+def test_a_window(run, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.get_fignums()))
+    pyplot.switch_backend("Agg")
+    assert is_png(plot(run[0], output=tmp_path / "shown.png", show=True))
+    assert len(shown) == 1 and len(shown[0]) == 1
+    pyplot.close("all")
+
+
 def test_compare_with_a_run_of_another_optimizer(run, tmp_path):
     trained(tmp_path / "adamw", optim="adamw_torch").save_state()
     path = plot(run[0], [tmp_path / "adamw"], output=tmp_path / "new" / "both.png")
