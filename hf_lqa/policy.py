@@ -185,11 +185,13 @@ class CrossBatchPolicy(PaperPolicy):
             self.step_size = radius
 
     def observe_end(self, slope: float) -> None:
-        if self.step_size is None or not math.isfinite(slope * slope):
+        if self.step_size is None or not math.isfinite(self.total + slope * slope):
             return
         self.total += slope * slope
         if self.total > 0:
-            self.step_size *= math.exp(-self.eta * slope / math.sqrt(self.total))
+            level = self.step_size * math.exp(-self.eta * slope / math.sqrt(self.total))
+            # At the ends of the floats' range it would become infinite or 0, and stay there.
+            self.step_size = level if 0 < level < math.inf else self.step_size
 
 
 Policy = PaperPolicy
