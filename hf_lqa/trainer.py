@@ -210,6 +210,10 @@ class Announcement(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun, self._rates = time.perf_counter(), []
         lqa = self._trainer.lqa
+        # What an interrupted step recorded, and auto_find_batch_size after a try that ran out of memory.
+        self._trainer._lqa_probe = None
+        if lqa is not None:
+            lqa.arm(None)
         if lqa is None or not state.is_world_process_zero:
             return
         print(
