@@ -90,13 +90,15 @@ def check_columns(data: DatasetDict, args: DataArguments) -> None:
     for split, rows in data.items():
         for name in ("text_column", "text_pair_column", "label_column"):
             column = getattr(args, name)
-            if column is not None and column not in rows.column_names:
+            if column is None:
+                continue
+            if column not in rows.column_names:
                 raise ValueError(
                     f"--{name} {column}: the {split} data have the columns {', '.join(rows.column_names)}; give one of"
                     f" them as --{name}"
                 )
-        if any(label is None for label in rows[args.label_column]):
-            raise ValueError(f"--label_column {args.label_column}: some rows of the {split} data have no label")
+            if empty := rows.data.column(column).null_count:
+                raise ValueError(f"--{name} {column}: it is empty in {empty} rows of the {split} data; remove them")
 
 
 def classes_of(data: DatasetDict, args: DataArguments) -> list[str]:

@@ -315,6 +315,11 @@ def test_wrong_labels(example, files, tmp_path):
     with pytest.raises(ValueError, match=r"--label_column score holds numbers such as .*: give --regression"):
         example("text_classification").main(flags)
     validation = tmp_path / "validation.csv"
+    validation.write_text("label,text\nred,the dog\n,the cat\n")
+    flags = ["--model_name_or_path", str(files / "bert"), "--output_dir", str(tmp_path)]
+    flags += ["--train_file", str(files / "train.csv"), "--validation_file", str(validation)]
+    with pytest.raises(ValueError, match="--label_column label: it is empty in 1 rows of the validation data"):
+        example("text_classification").main(flags)
     validation.write_text("label,text\nviolet,the dog\n")
     flags = ["--model_name_or_path", str(files / "bert"), "--output_dir", str(tmp_path)]
     flags += ["--train_file", str(files / "train.csv"), "--validation_file", str(validation)]
