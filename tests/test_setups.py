@@ -1,0 +1,399 @@
+"""What people train with: in each set-up the probe's loss is the training loss, and its slope the gradient's."""
+
+import copy
+import math
+
+import pytest
+import torch
+from common import (
+    Recorder,
+    arguments,
+    assert_same_weights,
+    language_rows,
+    rows,
+    tiny_bert,
+    tiny_llama,
+    trained,
+    weights,
+)
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, TrainerCallback
+
+import hf_lqa
+from hf_lqa import LQA, ReplayedLoss
+
+#: Small radii, so that the difference quotient is close to the derivative; a probe at every step.
+EVERY = "probe_interval=1,tau=0.002"
+PAPER = {"optim": "lqa_paper", "optim_args": "base=adamw_torch," + EVERY}
+
+
+class Replays(TrainerCallback):
+    """Before each step, computes the recorded loss again where it was recorded."""
+
+    def __init__(self, trainer):
+        self.trainer, self.pairs = trainer, []
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        closure = self.trainer.lqa._armed
+        if closure is not None:
+            self.pairs.append((float(closure.loss), float(closure())))
+
+
+def run(folder, model=None, data=None, trainer_class=hf_lqa.LQATrainer, init=None, **changes):
+    changes = {"max_steps": 3, **PAPER, **changes}
+    model = tiny_bert() if model is None else model
+    trainer = trainer_class(model, arguments(folder, **changes), train_dataset=data or rows(), **(init or {}))
+    recorder, replays = Recorder(trainer), Replays(trainer)
+    trainer.train()
+    return trainer, recorder, replays
+
+
+def check(recorder, replays, tolerance=0.05):
+    """The replay is exact, and the probes' slope is ``<gradient, direction>``, which the radius rule reveals."""
+    assert len(replays.pairs) == recorder.steps[-1]["step"]
+    assert all(trained == again for trained, again in replays.pairs), replays.pairs
+    for step, (loss, _) in zip(recorder.steps, replays.pairs, strict=True):
+        assert step["losses"][1] == pytest.approx(loss, rel=1e-12)
+        from_gradient = 0.002 * abs(loss) / step["radius"]
+        assert abs(step["slope"]) == pytest.approx(from_gradient, rel=tolerance), step
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+class FromGenerator(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from rows(64)
+
+
+SETUPS = {
+    "plain": ({}, {}),
+    "clipping": ({"max_grad_norm": 1e-3}, {}),
+    "no clipping": ({"max_grad_norm": 0.0}, {}),
+    "label smoothing": ({"label_smoothing_factor": 0.2}, {}),
+    "compute_loss_func": ({"gradient_accumulation_steps": 2}, {"compute_loss_func": mean_loss}),
+    "NEFTune": ({"neftune_noise_alpha": 5.0}, {}),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 3}, {}),
+    "average_tokens_across_devices=False": ({"average_tokens_across_devices": False}, {}),
+    "weight decay": ({"weight_decay": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_probes_are_exact_under(name, tmp_path):
+    changes, init = SETUPS[name]
+    # Decoupled decay is part of the direction, but its share of the slope is in the gradient's product with it.
+    _, recorder, replays = run(tmp_path, init=init, **changes)
+    check(recorder, replays)
+
+
+def test_probes_are_exact_on_an_iterable_dataset(tmp_path):
+    _, recorder, replays = run(tmp_path, data=FromGenerator())
+    check(recorder, replays)
+
+
+def padded(folder, **changes):
+    from tokenizers import Tokenizer, models
+
+    words = {"[PAD]": 0, "[UNK]": 1} | {str(i): i for i in range(2, 60)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    ragged = [
+        {"input_ids": r["input_ids"][: 3 + i % 5].tolist(), "labels": int(r["labels"])} for i, r in enumerate(rows(64))
+    ]
+    init = {"data_collator": DataCollatorWithPadding(tokenizer)}
+    return run(folder, data=ragged, init=init, **changes)
+
+
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_probes_are_exact_with_dynamic_padding(sampling, tmp_path):
+    _, recorder, replays = padded(tmp_path, train_sampling_strategy=sampling, gradient_accumulation_steps=2)
+    check(recorder, replays)
+
+
+@pytest.mark.parametrize(("model", "data"), [(tiny_bert, rows), (tiny_llama, language_rows)])
+def test_accumulation_measures_what_one_batch_does(model, data, tmp_path):
+    """1 x 32 and 4 x 8; the second step is the shorter one at the end of the epoch, 1 x 16 and 2 x 8."""
+    found = []
+    for batch, accumulation in ((32, 1), (8, 4)):
+        # The BERT classifier's own loss is the mean of each micro-batch, which the Trainer takes for scaled already.
+        init = {"compute_loss_func": mean_loss} if model is tiny_bert else {}
+        network = model(dropout=0.0) if model is tiny_bert else model()
+        _, recorder, replays = run(
+            tmp_path / str(batch),
+            network,
+            data(48),
+            init=init,
+            max_steps=2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="lqa",
+            optim_args="base=sgd,probe_interval=1,warmup=0",
+            lr_scheduler_type="constant",
+        )
+        assert all(a == b for a, b in replays.pairs)
+        found.append(recorder.steps)
+    for one, many in zip(*found, strict=True):
+        assert many["losses"] == pytest.approx(one["losses"], rel=1e-6)
+        assert many["radius"] == pytest.approx(one["radius"], rel=1e-5)
+        assert many["slope"] == pytest.approx(one["slope"], rel=1e-5)
+        # A second difference of losses: their rounding, divided by their share of the second difference.
+        minus, center, plus = one["losses"]
+        noise = 4e-7 * center / abs(minus - 2 * center + plus)
+        assert many["curvature"] == pytest.approx(one["curvature"], rel=max(1e-5, noise))
+
+
+def test_probing_part_of_the_micro_batches(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer, recorder, _ = run(tmp_path / "part", **settings, optim_args=PAPER["optim_args"] + ",probe_micro_batches=2")
+    whole, _, replays = run(tmp_path / "all", **settings)
+    assert trainer.lqa.counts["probe_forwards"] == whole.lqa.counts["probe_forwards"] == 2
+    # Of the same size as the loss of all, of which it is an estimate.
+    assert recorder.steps[0]["losses"][1] == pytest.approx(replays.pairs[0][0], rel=0.2)
+
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+
+def test_bf16_autocast(tmp_path):
+    _, recorder, replays = run(tmp_path, bf16=True)
+    assert all(a == b for a, b in replays.pairs)
+    assert all(step["losses"][0] != step["losses"][2] for step in recorder.steps)
+
+
+def test_bf16_weights(tmp_path):
+    trainer, recorder, replays = run(tmp_path, tiny_bert().to(torch.bfloat16), optim_args="base=adamw_torch,tau=0.05")
+    assert all(a == b for a, b in replays.pairs)
+    assert all(torch.isfinite(p).all() and p.dtype == torch.bfloat16 for p in trainer.model.parameters())
+    assert recorder.steps[0]["losses"][0] != recorder.steps[0]["losses"][2]
+
+
+class HoldsAutocast(hf_lqa.LQATrainer):
+    def training_step(self, *args, **kwargs):
+        with self.accelerator.autocast():
+            return super().training_step(*args, **kwargs)
+
+
+def test_a_held_autocast_context_gives_no_stale_weights(tmp_path):
+    _, recorder, _ = run(tmp_path / "plain", bf16=True)
+    _, other, replays = run(tmp_path / "held", trainer_class=HoldsAutocast, bf16=True)
+    assert all(a == b for a, b in replays.pairs)
+    # Stale casts would make the three losses one.
+    assert all(len(set(step["losses"])) == 3 for step in other.steps)
+    assert other.steps[0]["losses"] == pytest.approx(recorder.steps[0]["losses"], rel=1e-2)
+
+
+def scaled_steps(overflow_at, steps=6):
+    """fp16's procedure on the CPU: scaled loss, unscaling, a step that is left out when gradients overflow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), "paper")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scales, counts = [], []
+    for step in range(steps):
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        closure = ReplayedLoss(model)
+        optimizer.zero_grad()
+        loss = closure.record(lambda x=x: (model(x) - x.sum(1, keepdim=True)).square().mean())
+        scaler.scale(loss).backward()
+        if step in overflow_at:
+            next(model.parameters()).grad[0, 0] = math.inf
+        scaler.unscale_(optimizer)
+        optimizer.arm(closure)
+        before = (weights(model), copy.deepcopy(optimizer.state_dict()))
+        scaler.step(optimizer)
+        scaler.update()
+        if step in overflow_at:
+            assert_same_weights(weights(model), before[0])
+            assert repr(optimizer.state_dict()) == repr(before[1])
+        scales.append(scaler.get_scale())
+        counts.append(optimizer.counts["steps"])
+    return scales, counts, optimizer
+
+
+def test_grad_scaler_skips_a_step_and_the_next_probe_is_its_own():
+    scales, counts, optimizer = scaled_steps(overflow_at={2})
+    assert scales == [2.0**10, 2.0**11, 2.0**10, 2.0**10, 2.0**11, 2.0**11]  # halved once, growth as without LQA
+    assert counts == [1, 2, 2, 3, 4, 5]
+    assert optimizer.counts["probe_forwards"] == 2 * 5 and optimizer.last_probe.step == 4
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def test_lora_moves_only_the_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
+    model = peft.get_peft_model(tiny_bert(), config)
+    before = weights(model)
+    trainer, recorder, replays = run(tmp_path, model)
+    check(recorder, replays)
+    moved = {n for n, w in weights(model).items() if not torch.equal(w, before[n])}
+    assert moved and all("lora" in n or "modules_to_save" in n for n in moved)
+    copied = sum(p.numel() for g in trainer.lqa.param_groups for p in g["params"])
+    assert (
+        copied
+        == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        < sum(w.numel() for w in before.values()) / 5
+    )
+
+
+def test_frozen_layers_stay(tmp_path):
+    model = tiny_bert()
+    model.bert.requires_grad_(False)
+    before = weights(model)
+    _, recorder, replays = run(tmp_path, model)
+    check(recorder, replays)
+    after = weights(model)
+    assert {n for n in after if not torch.equal(after[n], before[n])} == {"classifier.weight", "classifier.bias"}
+
+
+def test_tied_weights_stay_tied_and_count_once(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    _, recorder, replays = run(tmp_path, model, language_rows())
+    check(recorder, replays)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class Classifier(nn.Module):
+    """BatchNorm, a sparse embedding, and a parameter that gets no gradient."""
+
+    def __init__(self, sparse=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(60, 8, sparse=sparse)
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, input_ids, labels):
+        logits = self.head(torch.tanh(self.norm(self.embed(input_ids).mean(1))))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_batch_norms_statistics_see_each_batch_once(tmp_path):
+    model = Classifier()
+    _, recorder, replays = run(tmp_path, model)
+    check(recorder, replays)
+    assert int(model.norm.num_batches_tracked) == 3
+    assert torch.equal(model.unused, torch.ones(3))
+
+
+def test_sparse_gradients():
+    found = []
+    for sparse in (False, True):
+        model = Classifier(sparse=sparse)
+        optimizer = LQA(torch.optim.SGD(model.parameters(), lr=1.0), "paper", probe_interval=1)
+        for step in range(3):
+            batch = {k: torch.stack([r[k] for r in rows(16 + step)]) for k in ("input_ids", "labels")}
+            closure = ReplayedLoss(model)
+            optimizer.zero_grad()
+            closure.record(lambda model=model, batch=batch: model(**batch)["loss"]).backward()
+            optimizer.step(closure)
+        found.append((optimizer.last_fit, weights(model)))
+    (dense_fit, dense), (sparse_fit, scattered) = found
+    assert sparse_fit.slope == pytest.approx(dense_fit.slope, rel=1e-5)
+    # The curvature's rounding reaches the step sizes, which are of the order of 10.
+    assert all(torch.allclose(dense[n], scattered[n], atol=2e-3) for n in dense)
+
+
+def test_groups_with_their_own_rate_and_decay(tmp_path):
+    model = tiny_bert()
+    groups = [
+        {"params": list(model.bert.parameters()), "lr": 0.1, "weight_decay": 0.1},
+        {"params": list(model.classifier.parameters()), "lr": 1.0, "weight_decay": 0.0},
+    ]
+    lqa = LQA(torch.optim.AdamW(groups), "paper", probe_interval=1, tau=0.002)
+    _, recorder, replays = run(tmp_path, model, init={"optimizers": (lqa, None)}, optim="adamw_torch", optim_args=None)
+    check(recorder, replays)
+    assert [g["initial_lr"] for g in lqa.param_groups] == [0.1, 1.0]  # multipliers, which the schedule scales
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_in_the_middle_changes_nothing(tmp_path):
+    settings = {"max_steps": 6, "optim_args": "warmup=0,probe_interval=2"}
+    # Without dropout: a stock Trainer's evaluation loader draws a seed from the global stream, too.
+    plain = trained(tmp_path / "plain", tiny_bert(dropout=0.0), **settings)
+    args = arguments(tmp_path / "eval", **settings, eval_strategy="steps", eval_steps=1)
+    evaluated = hf_lqa.LQATrainer(tiny_bert(dropout=0.0), args, train_dataset=rows(), eval_dataset=rows(16))
+    evaluated.train()
+    assert_same_weights(weights(plain.model), weights(evaluated.model))
+    assert evaluated.lqa.counts == plain.lqa.counts
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer = hf_lqa.LQATrainer(tiny_bert(), args, train_dataset=rows(), eval_dataset=rows(16))
+    trainer.train()
+    best = trainer.state.best_metric
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_training_twice_goes_on_with_the_level(tmp_path):
+    trainer = trained(tmp_path, max_steps=3)
+    level, steps = trainer.lqa.policy.step_size, trainer.lqa.counts["steps"]
+    trainer.train()
+    assert trainer.lqa.counts["steps"] > steps and trainer.lqa.policy.step_size > 0 and level > 0
+
+
+class OutOfMemory(hf_lqa.LQATrainer):
+    """The second micro-batch of a step does not fit until the batch has been halved."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.calls += 1
+        if self.calls > 1 and len(inputs["labels"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_auto_find_batch_size(tmp_path):
+    settings = {"auto_find_batch_size": True, "gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer, recorder, replays = run(tmp_path, trainer_class=OutOfMemory, **settings)
+    check(recorder, replays)
+    assert trainer._train_batch_size == 4
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+def test_torch_compile(tmp_path):
+    _, recorder, replays = run(tmp_path, tiny_bert(dropout=0.0), max_steps=2, **COMPILED)
+    _, eager, _ = run(tmp_path / "eager", tiny_bert(dropout=0.0), max_steps=2)
+    assert all(a == pytest.approx(b, rel=1e-6) for a, b in replays.pairs)
+    for step, reference in zip(recorder.steps, eager.steps, strict=True):
+        assert step["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+
+
+RESUMED = {
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+    "NEFTune": {"neftune_noise_alpha": 5.0},
+    "paper": {"optim": "lqa_paper"},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_is_as_if_never_interrupted(name, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **RESUMED[name]}
+    settings["optim_args"] = "probe_interval=2" + ("" if name == "paper" else ",warmup=0")
+    straight = trained(tmp_path / "run", **settings)
+    resumed = trained(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"), **settings)
+    assert_same_weights(weights(straight.model), weights(resumed.model))
+    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (straight, resumed)]
+    assert rates[0] == rates[1]
