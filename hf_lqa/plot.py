@@ -141,8 +141,9 @@ def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[fl
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
 
-def _running_mean(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential mean, without the bias of its start; passes over what is not finite."""
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a fifteenth of the values, without the bias of its start; passes over NaN."""
+    decay = max(0.0, 1 - 15 / len(values))
     total = weight = 0.0
     means = []
     for value in values:
@@ -201,7 +202,7 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
 
     at = [entry["lqa_probe_step"] for entry in measured]
     values = [entry["fit"].slope for entry in measured]
-    slopes.plot(at, values, color=_DARK, marker="o", markersize=3, linewidth=0.8, label="at the start of a step")
+    slopes.plot(at, values, color=_DARK, linestyle="none", marker="o", markersize=4, label="at the start of a step")
     steps, values = _series(_changes(log, "lqa_end_slope"), "lqa_end_slope")
     style = {"color": _ORANGE, "marker": "^", "markersize": 3, "linewidth": 0.8, "linestyle": "--"}
     slopes.plot(steps, values, label="at the end, next batch", **style)
@@ -210,10 +211,11 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
     slopes.legend(fontsize="small")
 
     values = [entry["fit"].curvature for entry in measured]
-    curvature.plot(at, values, color=_DARK, marker="o", markersize=3, linewidth=0.8)
-    # Symmetric, because a curvature may be negative; linear below the smallest tenth, so that those do not fill it.
+    curvature.plot(at, values, color=_DARK, linestyle="none", marker="o", markersize=4)
+    # Symmetric, because a curvature may be negative; linear within the smallest tenth's power of ten.
     sizes = sorted(abs(v) for v in values if v and math.isfinite(v))
-    curvature.set_yscale("symlog", linthresh=sizes[len(sizes) // 10] if sizes else 1)
+    smallest = 10.0 ** math.floor(math.log10(sizes[len(sizes) // 10])) if sizes else 1.0
+    curvature.set_yscale("symlog", linthresh=smallest, linscale=0.8)
     curvature.axhline(0, color="0.6", linewidth=0.8)
     curvature.set_ylabel("curvature\n(loss / learning rate²)")
 
