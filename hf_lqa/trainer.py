@@ -181,6 +181,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"deepspeed={args.deepspeed!r} with optim={name!r}: DeepSpeed steps inside backward, so there is nothing to"
             " probe between gradient and step. Use FSDP2 (configs/accelerate/fsdp2.yaml) or another --optim"
         )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            f"fsdp_config['version']=1 with optim={name!r}: each rank of FSDP1 sees only its part of the flattened"
+            " gradient, and the slope would be wrong. Set fsdp_config['version'] to 2"
+        )
     for size in ("cp_size", "sp_size"):
         if (value := getattr(parallelism, size, 1) or 1) > 1:
             raise ValueError(
