@@ -65,8 +65,8 @@ class LQA(torch.optim.Optimizer):
         step_size: the step size last applied, in units of the direction, schedule included; `None` before any.
         last_fit: the `Fit` of the last probe, `None` before any.
         last_probe: its `ProbeRecord`.
-        last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the level; the last that
-            was measured, `None` before any.
+        last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the direction; the last
+            that was measured, `None` before any.
         counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict.
 
     Raises:
@@ -102,8 +102,8 @@ class LQA(torch.optim.Optimizer):
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
         self._displacement: Displacement | None = None
-        # The level at which the last step was taken, while its end slope is still to be measured; otherwise 0.
-        self._pending_level = 0.0
+        # Step size and factor of the last step, while its end slope is still to be measured; otherwise 0.
+        self._pending = (0.0, 0.0)
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
@@ -193,8 +193,9 @@ class LQA(torch.optim.Optimizer):
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
         ended: Tensor | float = 0.0
-        if self._displacement is not None and self._pending_level > 0:
-            ended = self._displacement.slope() / self._pending_level
+        pending_step_size, pending_factor = self._pending
+        if self._displacement is not None and pending_step_size > 0:
+            ended = self._displacement.slope() / pending_step_size
         norm, end_slope = self._read(norm, ended)
         if not (math.isfinite(norm) and math.isfinite(end_slope)):
             self._skip()
@@ -214,9 +215,9 @@ class LQA(torch.optim.Optimizer):
                 if not math.isfinite(slope):
                     self._skip()
                     return
-        if self._pending_level > 0:
-            self.last_end_slope, self._pending_level = end_slope, 0.0
-            self.policy.observe_end(end_slope)
+        if pending_step_size > 0:
+            self.last_end_slope, self._pending = end_slope, (0.0, 0.0)
+            self.policy.observe_end(end_slope, pending_factor)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
@@ -280,7 +281,7 @@ class LQA(torch.optim.Optimizer):
         if observed:
             assert self._displacement is not None
             self._displacement.end()
-            self._pending_level = level
+            self._pending = scale * multiplier, self.policy.factor(step) * multiplier
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -318,7 +319,7 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
-            "pending_level": self._pending_level,
+            "pending": list(self._pending),
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
@@ -326,7 +327,7 @@ class LQA(torch.optim.Optimizer):
         groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
         moves: dict[int, Tensor] = {}
-        if self._displacement is not None and self._pending_level > 0:
+        if self._displacement is not None and self._pending[0] > 0:
             moves = self._displacement.by_index(self.param_groups)
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if i not in moves and hasattr(p, "full_tensor") and p.requires_grad:
@@ -357,8 +358,8 @@ class LQA(torch.optim.Optimizer):
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
         # Cast and placed by the base's load_state_dict like its own state.
         moves = {p: s.pop(_MOVE_KEY) for p, s in self.state.items() if _MOVE_KEY in s}
-        self._pending_level = own["pending_level"]
-        self._displacement = Displacement(list(moves), list(moves.values())) if self._pending_level > 0 else None
+        self._pending = tuple(own["pending"])
+        self._displacement = Displacement(list(moves), list(moves.values())) if self._pending[0] > 0 else None
 
 
 def _scalar(value: Tensor | float) -> Tensor | float:

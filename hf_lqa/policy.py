@@ -101,8 +101,14 @@ class PaperPolicy:
         elif self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
             self.step_size = radius
 
-    def observe_end(self, slope: float) -> None:
-        """Take the next batch's slope at the end of a step, ``<gradient, displacement> / step_size``."""
+    def observe_end(self, slope: float, factor: float) -> None:
+        """Take the next batch's slope at the end of a step, ``<gradient, move> / step_size``.
+
+        `factor` is what multiplied the level in that step: schedule and warm-up.
+        """
+
+    def plan(self, total_steps: int) -> None:
+        """Take note of how many steps training has, where that is known."""
 
     def _adapt_radius(self, fit: Fit) -> None:
         if fit.verdict is Verdict.BELOW_NOISE:
@@ -135,46 +141,74 @@ class CrossBatchPolicy(PaperPolicy):
     """Differs from `PaperPolicy` in where the parabola's second condition comes from: the next batch's gradient.
 
     A batch's own parabola counts the batch's own noise as progress. The slope at the *end* of a step, measured by the
-    gradient of the batch after it (which training computes anyway), does not: along the line through both points the
-    fresh parabola has its minimum where that slope is 0. The level is moved towards that zero on a logarithmic scale,
-    by AdaGrad (Duchi et al. 2011), whose normalisation needs no unit and no second constant:
+    gradient of the batch after it (which training computes anyway), does not: along the line, the parabola of fresh
+    data has its minimum where that slope is 0. The level is moved towards that zero on a logarithmic scale. Observation
+    number ``k`` (from 0), made of a step that was taken with the factor ``f`` (schedule times warm-up), is
 
-        y      = <gradient_{t+1}, theta_{t+1} - theta_t> / level          < 0: a fresh batch says "further"
-        total += y**2
-        level *= exp(-eta * y / sqrt(total))
+        y      = <gradient_{t+1}, theta_{t+1} - theta_t> / step_size_t        < 0: a fresh batch says "further"
+        z      = y / rms(y), clipped to [-2, 2];     rms: exponential average of y**2 with decay 0.9, bias-corrected
+        level *= exp(-eta f z / sqrt(k + 4))
 
-    One observation moves the level by at most ``exp(eta)``; the moves fade as evidence accumulates, and late batches
-    with small gradients cannot undo what the early ones showed. The first level is the probe radius. During the first
-    `warmup` steps the level is ramped up linearly and not observed: while a fresh head and biases are learned, the end
-    slope is negative at every rate.
+    Divided by their own recent size the slopes need no unit; moves fade as evidence accumulates, and as the schedule
+    shrinks the steps: a short step's slope says little about a long one.
+
+    The first level is the probe radius. It is ramped up linearly during `warmup` steps, and the first 12 steps are not
+    observed: while a fresh head and biases are learned, the end slope is negative at every rate. Where the number of
+    steps is known and small (`plan`), there is no time for a timid start: the ramp is shorter and the first level
+    higher.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
-    Probes are dense at the start and rare later: after step ``n`` the next is ``min(n, probe_interval)`` steps away.
+    Probes are dense at the start and rare later: at steps 0, 1, 2, 4, 8, ... and every `probe_interval`. They give the
+    first level; later ones are measurements, which the level does not depend on.
+
+    Args:
+        probe_interval: the longest distance between probes, in steps.
+        eta: gain; in (0, 1].
+        warmup: steps of the ramp, ``>= 0``, not observed; `None`: as said above.
     """
 
     name: ClassVar[str] = "cross_batch"
+    _DECAY: ClassVar[float] = 0.9
+    _MAX_Z: ClassVar[float] = 2.0
+    _FADING: ClassVar[int] = 4
+    _BURN_IN: ClassVar[int] = 12
+    #: After so many steps every fourth is observed: by then one observation moves the level by 3 % at most.
+    _DENSE: ClassVar[int] = 100
 
-    probe_interval: int = 50
-    eta: float = 0.25
-    warmup: int = 12
-    total: float = field(default=0.0, init=False)
+    tau: float | None = None  # type: ignore[assignment]
+    probe_interval: int = 100
+    eta: float = 0.3
+    warmup: int | None = None
+    observations: int = field(default=0, init=False)
+    mean_square: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        self._planned = self.tau is None, self.warmup is None
+        self._observe_from = self._BURN_IN if self.warmup is None else self.warmup
+        self.tau = 0.03 if self.tau is None else self.tau
+        self.warmup = 12 if self.warmup is None else self.warmup
         super().__post_init__()
         _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
         _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
 
+    def plan(self, total_steps: int) -> None:
+        tau, warmup = self._planned
+        if tau:
+            self.tau = min(0.1, max(0.03, 6 / max(total_steps, 1)))
+        if warmup:
+            self.warmup = max(3, min(12, round(0.06 * total_steps)))
+
     def cadence(self) -> str:
-        return f"probes at steps 1, 2, 3, 5, 9, ... and then every {self.probe_interval}"
+        return f"probes at steps 1, 2, 3, 5, 9, 17, ... and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
-        if step < self.probe_interval:
-            return self.step_size is None or step & (step - 1) == 0
-        return self.step_size is None or step % self.probe_interval == 0
+        if self.step_size is None or step % self.probe_interval == 0:
+            return True
+        return step < self.probe_interval and step & (step - 1) == 0
 
     def wants_end_slope(self, step: int) -> bool:
-        return step >= self.warmup - 1
+        return step >= self._observe_from - 1 and (step < self._DENSE or step % 4 == 0)
 
     def factor(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -184,15 +218,20 @@ class CrossBatchPolicy(PaperPolicy):
         if self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
             self.step_size = radius
 
-    def observe_end(self, slope: float) -> None:
-        if self.step_size is None or not math.isfinite(self.total + slope * slope):
+    def observe_end(self, slope: float, factor: float) -> None:
+        square = slope * slope
+        if self.step_size is None or not 0 < square < math.inf:
             return
-        self.total += slope * slope
-        if self.total > 0:
-            level = self.step_size * math.exp(-self.eta * slope / math.sqrt(self.total))
-            # At the ends of the floats' range it would become infinite or 0, and stay there.
-            self.step_size = level if 0 < level < math.inf else self.step_size
+        self.mean_square = self._DECAY * self.mean_square + (1 - self._DECAY) * square
+        rms = math.sqrt(self.mean_square / (1 - self._DECAY ** (self.observations + 1)))
+        z = min(max(slope / rms, -self._MAX_Z), self._MAX_Z)
+        gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
+        level = self.step_size * math.exp(-gain * z)
+        if 0 < level < math.inf:
+            self.step_size = level
+        self.observations += 1
 
 
+#: What the optimizer talks to.
 Policy = PaperPolicy
 POLICIES: dict[str, type[PaperPolicy]] = {p.name: p for p in (PaperPolicy, CrossBatchPolicy)}

@@ -89,6 +89,12 @@ class LQATrainerMixin(_Trainer):
         self.optimizer = LQA(base, options.policy, **options.policy_options)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if (lqa := self.lqa) is not None:
+            lqa.policy.plan(num_training_steps)
+        return scheduler
+
     @property
     def lqa(self) -> LQA | None:
         """The `LQA` optimizer inside whatever Accelerate has wrapped around it; `None` if another one is used."""

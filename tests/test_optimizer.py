@@ -99,7 +99,7 @@ BASES = {
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_probe_leaves_no_trace_in_the_base_optimizer(name):
-    """Every step is the base's own, at the rate that was measured: a twin given those rates ends bit for bit the same."""
+    """Every step is the base's own, at the rate that was measured: a twin given the rates ends bit for bit the same."""
     model, twin = net(), net()
     optimizer = LQA(BASES[name](model.parameters()), probe_interval=2)
     base = BASES[name](twin.parameters())
@@ -136,7 +136,7 @@ def test_a_replay_at_the_origin_is_the_training_loss_bit_for_bit():
 
 
 def test_steps_without_a_probe_are_the_base_optimizers():
-    """No copy, no extra pass: with a huge interval only the first step calls the closure, and weights are the base's."""
+    """No copy, no extra pass: with a huge interval only the first step calls the closure; weights are the base's."""
     model, twin = net(), net()
     optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy="paper", probe_interval=10**9)
     torch.manual_seed(0)

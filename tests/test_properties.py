@@ -82,7 +82,7 @@ def test_a_policys_step_size_is_never_negative_or_infinite(name, observations):
                 fit = fit_losses(minus, loss, plus, radius, max_step=policy.max_step(loss, slope))
                 policy.observe_probe(fit, radius)
         if before is not None:
-            policy.observe_end(end)
+            policy.observe_end(end, 1.0)
         assert policy.step_size is None or (math.isfinite(policy.step_size) and policy.step_size > 0), observations
         if not math.isfinite(end) and before is not None and not policy.wants_probe(step):
             assert policy.step_size == before
@@ -95,7 +95,7 @@ def test_the_ends_of_the_floats_range(name, radius, end):
     policy = POLICIES[name]()
     policy.observe_probe(Fit(-1.0, math.nan, None, Verdict.NON_CONVEX), radius)
     for _ in range(1000):
-        policy.observe_end(end)
+        policy.observe_end(end, 1.0)
         assert 0 < policy.step_size < math.inf
 
 
@@ -113,5 +113,5 @@ def test_a_policy_survives_its_state_dict(name, observations, stop):
             radius = policy.radius(loss, -slope)
             fit = fit_losses(loss + slope * radius, loss, loss - 0.9 * slope * radius, radius)
             policy.observe_probe(fit, radius)
-            policy.observe_end(end - slope)
+            policy.observe_end(end - slope, 1.0)
     assert straight == resumed

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 import json
 import os
 import sys
@@ -70,8 +70,11 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
-FLAGS = "--output_dir out --max_steps 6 --logging_steps 1 --use_cpu --report_to none --save_strategy no --disable_tqdm true"
+"""
+FLAGS = (
+    "--output_dir out --max_steps 6 --logging_steps 1 --use_cpu --report_to none --save_strategy no --disable_tqdm true"
+)
+CLASSES = {"trainer": "Trainer", "seq2seq": "Seq2SeqTrainer", "own": "QuestionAnsweringTrainer"}
 
 
 def run(folder, *command, check=True):
@@ -93,13 +96,13 @@ def script(tmp_path):
     return "scripts/run_task.py"
 
 
-@pytest.mark.parametrize("kind, name", [("trainer", "Trainer"), ("seq2seq", "Seq2SeqTrainer"), ("own", "QuestionAnsweringTrainer")])
-def test_an_unmodified_script_is_probed(kind, name, script, tmp_path):
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_unmodified_script_is_probed(kind, script, tmp_path):
     flags = [*FLAGS.split(), "--kind", kind, "--optim", "lqa"]
     done = run(tmp_path, "-m", "hf_lqa", script, *flags)
     found = result(tmp_path)
     assert found["probe_forwards"] > 0
-    assert found["class"] == name
+    assert found["class"] == CLASSES[kind]
     assert found["is_own"] == (kind == "own")
     assert found["argv"] == [script, *flags]
     assert found["name"] == "__main__"

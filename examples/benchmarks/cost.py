@@ -69,7 +69,8 @@ def main() -> None:
             probed[n].append(after > before)
 
     print(
-        f"{name}: {options.steps} steps, batch {options.batch_size} x {options.length} tokens, {options.dtype}, {device}"
+        f"{name}: {options.steps} steps, batch {options.batch_size} x {options.length} tokens,"
+        f" {options.dtype}, {device}"
     )
     print("| optimizer | whole run / AdamW | median step without a probe / AdamW | probe step / AdamW | probes |")
     print("|---|---|---|---|---|")
