@@ -19,8 +19,8 @@ SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim_args
 WHOLE = {"max_steps": 4, "optim_args": "probe_interval=1,warmup=0", "lr_scheduler_type": "constant"}
 
 
-def launch(processes, specs, folder, timeout=400):
-    """Run `specs` one after the other on so many processes."""
+def launch(processes, specs, folder, timeout=400, launcher=None):
+    """Run `specs` one after the other on so many processes, through torchrun if no other launcher is given."""
     for spec in specs:
         Path(spec["out"]).mkdir(parents=True)
     (folder / "specs.json").write_text(json.dumps(specs))
@@ -28,7 +28,7 @@ def launch(processes, specs, folder, timeout=400):
     command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     return subprocess.run(
-        [sys.executable, *command, str(TESTS / "distributed_script.py"), str(folder / "specs.json")],
+        [sys.executable, *(launcher or command), str(TESTS / "distributed_script.py"), str(folder / "specs.json")],
         env=environment,
         capture_output=True,
         text=True,
@@ -146,3 +146,15 @@ def test_when_a_rank_dies_the_others_end_with_an_error(tmp_path):
     done = launch(2, [spec], tmp_path, timeout=200)  # a hang is a TimeoutExpired
     assert done.returncode != 0
     assert "exitcode  : 3" in done.stderr and not (tmp_path / "run" / "rank0.json").exists()
+
+
+def test_accelerate_launch_does_what_torchrun_does(two, tmp_path):
+    config = TESTS.parent / "configs" / "accelerate" / "two_cpu_processes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    whole = {**WHOLE, "per_device_train_batch_size": 16}
+    spec = {"model": "llama", "arguments": whole, "out": str(tmp_path / "run")}
+    done = launch(2, [spec], tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = Result(tmp_path / "run", 2)
+    same_decisions(result)
+    assert result.steps == two["ddp-whole"].steps
