@@ -191,12 +191,14 @@ class LQA(torch.optim.Optimizer):
             self._disarm()
             return
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
-        norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
+        observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
         ended: Tensor | float = 0.0
         pending_step_size, pending_factor = self._pending
         if self._displacement is not None and pending_step_size > 0:
             ended = self._displacement.slope() / pending_step_size
-        norm, end_slope = self._read(norm, ended)
+        norm, end_slope = 0.0, 0.0
+        if self._clipping is not None or pending_step_size > 0:
+            norm, end_slope = self._read(observed_norm, ended)
         if not (math.isfinite(norm) and math.isfinite(end_slope)):
             self._skip()
             return
@@ -296,7 +298,9 @@ class LQA(torch.optim.Optimizer):
 
     def _read(self, *values: Tensor | float) -> list[float]:
         """Scalars as Python floats, averaged over ranks: one collective, one synchronisation."""
-        device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+        # Floats go where the weights are: collectives of NCCL know no other place.
+        weights = (p for group in self.param_groups for p in group["params"])
+        device = next(v.device for v in (*values, *weights) if isinstance(v, Tensor))
         dtype = torch.float32 if device.type == "mps" else torch.float64
         scalars = [torch.as_tensor(_scalar(v), device=device).detach().to(dtype).reshape(()) for v in values]
         return self.reduce(torch.stack(scalars)).tolist()
