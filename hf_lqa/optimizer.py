@@ -165,9 +165,6 @@ class LQA(torch.optim.Optimizer):
         """
         self._clipping = grad_norm, max_norm
 
-    def _lr(self) -> list[float]:
-        return [float(group["lr"]) for group in self.param_groups]
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         """Advance the base optimizer once, at the step size that was measured.
@@ -182,7 +179,7 @@ class LQA(torch.optim.Optimizer):
             ValueError: no closure, and nothing was ever measured.
         """
         closure = closure if closure is not None else self._armed
-        lr = self._lr()
+        lr = [float(group["lr"]) for group in self.param_groups]
         multiplier = max(lr)
         if multiplier <= 0 or not with_gradient(self.base):
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.

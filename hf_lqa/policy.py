@@ -1,14 +1,14 @@
-"""How fits become the step size: the published rule, and the averaged one that is the default for fine-tuning.
+"""How measurements become the step size: the published rule, and the one that is the default for fine-tuning.
 
 A policy sees floats only. Before a probe it says how far to probe (`radius`); after it, `observe_probe` takes the fit;
-at the next training step, `observe_end` takes the slope that the next batch's gradient measured at the end of the step
-that was probed. `step_size` is what the next step should use, `None` until something was measured.
+at the next training step, `observe_end` takes the slope that the next batch's gradient measured at the end of a step.
+`step_size` is what the next step should use, before schedule and ramp; `None` until something was measured.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from .quadratic import Fit, Verdict
@@ -130,10 +130,6 @@ class PaperPolicy:
         for f in fields(self):
             if not f.init:
                 setattr(self, f.name, state[f.name])
-
-    def options(self) -> dict[str, Any]:
-        """The arguments of this policy, by name."""
-        return {k: v for k, v in asdict(self).items() if k in {f.name for f in fields(self) if f.init}}
 
 
 @dataclass
