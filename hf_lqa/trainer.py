@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
 
 from .optimizer import LQA
 from .options import parse_options
@@ -202,6 +203,18 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError(
             f"n_gpu={args.n_gpu} with optim={name!r}: nn.DataParallel draws its dropout masks in threads, and a probe"
             " could not repeat them. Use `torchrun --nproc_per_node N` or set CUDA_VISIBLE_DEVICES to one device"
+        )
+    if is_sagemaker_mp_enabled():
+        raise ValueError(
+            f"smdistributed.modelparallel (SM_HP_MP_PARAMETERS) with optim={name!r}: it splits the forward into a"
+            " pipeline of its own, and a probe could not run it again. Leave 'smdistributed' out of `distribution`, set"
+            " {'torch_distributed': {'enabled': True}} there, and use FSDP2 for models that need splitting"
+        )
+    if is_sagemaker_dp_enabled():
+        raise ValueError(
+            f"sagemaker_distributed_dataparallel_enabled=True with optim={name!r}: that all ranks decide the same rests"
+            " on collectives in float64, which were never tried on its back end. Set `distribution` to"
+            " {'torch_distributed': {'enabled': True}}, which is DDP over NCCL"
         )
     if trainer.accelerator.distributed_type == DistributedType.XLA or trainer.is_fsdp_xla_enabled:
         raise ValueError(

@@ -84,6 +84,21 @@ def test_a_set_up_is_refused(pretend, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mp", r"smdistributed.modelparallel .* with optim='lqa': .* set \{'torch_distributed': .*FSDP2"),
+        ("dp", r"sagemaker_distributed_dataparallel_enabled=True with optim='lqa': .* Set `distribution`"),
+    ],
+)
+def test_sagemakers_own_back_ends_are_refused(kind, message, tmp_path, monkeypatch):
+    # What decides is the environment and an installed smdistributed, which only SageMaker has.
+    monkeypatch.setattr(hf_lqa.trainer, f"is_sagemaker_{kind}_enabled", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        hf_lqa.LQATrainer(tiny_bert(), arguments(tmp_path), train_dataset=rows())
+    hf_lqa.LQATrainer(tiny_bert(), arguments(tmp_path, optim="sgd"), train_dataset=rows())
+
+
+@pytest.mark.parametrize(
     "base",
     ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise", "schedule_free_adamw", "schedule_free_sgd"],
 )
