@@ -20,6 +20,10 @@ from torch import Tensor
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory.
 REHEARSAL_SHARE = 1 / 16
 
+_HALF = (torch.float16, torch.bfloat16)
+#: Elements of a temporary that a CPU's cache holds.
+_PIECE = 2**16
+
 
 def full(scalar: Tensor) -> Tensor:
     """The value of a scalar that may be a partial sum over the shards of a `DTensor`."""
@@ -27,10 +31,15 @@ def full(scalar: Tensor) -> Tensor:
     return full_tensor() if full_tensor is not None else scalar
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a `DTensor`, whose class is not there to be imported in every build of PyTorch."""
+    return hasattr(tensor, "full_tensor")
+
+
 @torch.no_grad()
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """Each tensor, or this rank's shard of it, sharing its memory: `DTensor` knows few of the foreach operations."""
-    return [getattr(t, "to_local")() if hasattr(t, "full_tensor") else t for t in tensors]  # noqa: B009
+    return [getattr(t, "to_local")() if is_sharded(t) else t for t in tensors]  # noqa: B009
 
 
 def mean_over_ranks(scalars: Tensor) -> Tensor:
@@ -53,17 +62,54 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     Half-precision products are accumulated in float32. Sparse tensors (gradients of sparse embeddings) are allowed on
     the left.
     """
+    return _total(left, [_product(a, b) for a, b in zip(local(left), local(right), strict=True)])
+
+
+def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
+    """``<a, b - minus>``, of tensors that are not sharded."""
+    if a.is_sparse:
+        a = a.coalesce()
+        rows, a = a.indices()[0], a.values()
+        b, minus = b[rows], None if minus is None else minus[rows]
+    pieces: list[tuple[Tensor, ...]] = [(a, b) if minus is None else (a, b, minus)]
+    # Temporaries that fit into a CPU's cache cost next to nothing, fresh memory several times the arithmetic. BLAS
+    # needs none for one precision's plain product.
+    temporary = minus is not None or a.dtype in _HALF
+    if temporary and a.device.type == "cpu" and all(t.is_contiguous() for t in pieces[0]):
+        pieces = list(zip(*(torch.split(t.view(-1), _PIECE) for t in pieces[0]), strict=True))
     products = []
-    for a, b in zip(left, right, strict=True):
-        if a.is_sparse:
-            a = a.coalesce()
-            a, b = a.values(), b[a.indices()[0]]
-        if a.dtype in (torch.float16, torch.bfloat16):
+    for a, b, *rest in pieces:
+        if rest:
+            b = b - rest[0]
+        if a.dtype in _HALF:
             a, b = a.float(), b.float()
-        # For plain tensors without a temporary, which on a CPU costs several times the arithmetic.
-        products.append(full((a * b).sum()) if hasattr(a, "full_tensor") else torch.dot(a.reshape(-1), b.reshape(-1)))
+        products.append(torch.dot(a.reshape(-1), b.reshape(-1)))
+    return torch.stack(products).sum()
+
+
+def _total(tensors: list[Tensor], products: list[Tensor]) -> Tensor:
+    """The sum of `products`, of which each is this rank's share where its tensor is sharded.
+
+    One collective for all tensors that are sharded alike.
+    """
+    sums: dict[Any, list[Tensor]] = {}
+    for tensor, product in zip(tensors, products, strict=True):
+        placed: Any = is_sharded(tensor) and (getattr(tensor, "device_mesh"), getattr(tensor, "placements"))  # noqa: B009
+        sums.setdefault(placed, []).append(product)
     device = products[0].device
-    return torch.stack([p.to(device=device, dtype=torch.promote_types(p.dtype, torch.float32)) for p in products]).sum()
+    total: Tensor | float = 0.0
+    for placed, parts in sums.items():
+        dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        part = torch.stack([p.to(device=device, dtype=dtype) for p in parts]).sum()
+        if placed:
+            from torch.distributed.tensor import DTensor, Partial, Replicate
+
+            mesh, placements = placed
+            shares = [Replicate() if p.is_replicate() else Partial() for p in placements]
+            part = DTensor.from_local(part, mesh, shares, run_check=False).full_tensor()
+        total = part + total
+    assert isinstance(total, Tensor)
+    return total
 
 
 def _rehearsal_chunks(params: list[Tensor]) -> Iterator[list[int]]:
@@ -105,26 +151,33 @@ def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
 class Direction:
     """The weights a step starts from and the base optimizer's update of them at unit learning rate.
 
-    ``theta(alpha) = origin + alpha * direction``, where ``direction`` has one tensor per parameter that has a gradient
-    (`params`), each of its parameter's shape and dtype. Beyond the weights themselves it holds two copies of them.
+    ``theta(alpha) = origin + alpha * direction``, where ``direction`` is `unit` times `tensors`: one tensor per
+    parameter that has a gradient (`params`), each of its parameter's shape and dtype. Beyond the weights themselves it
+    holds two copies of them, or one where `tensors` are the gradients themselves, as for plain gradient descent.
 
     Args:
         base: the optimizer to rehearse. Its weights, gradients, state, param groups and attributes are the same
             objects with the same values afterwards, also when it raises.
         lr: the learning rate of each of its param groups during the rehearsal.
+        origin: memory for the weights' copy, a tensor like each parameter that has a gradient; allocated if not given.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, lr: list[float]):
+    def __init__(self, base: torch.optim.Optimizer, lr: list[float], origin: list[Tensor] | None = None):
         self.params = with_gradient(base)
-        self.origin: list[Tensor] = [p.detach().clone() for p in self.params]
-        self.direction: list[Tensor] = [torch.empty_like(p) for p in self.origin]
+        self.origin = [torch.empty_like(p, requires_grad=False) for p in self.params] if origin is None else origin
+        torch._foreach_copy_(local(self.origin), local(self.params))
+        self.unit = 1.0
+        if _is_gradient_descent(base, lr):
+            self.tensors, self.unit = [p.grad.detach() for p in self.params if p.grad is not None], -lr[0]
+            return
+        self.tensors = [torch.empty_like(p) for p in self.origin]
         scale = self._scale()
         try:
             for chunk in _rehearsal_chunks(self.params):
                 self._rehearse(base, [r * scale for r in lr], set(chunk))
         finally:
             self.restore()
-        torch._foreach_div_(local(self.direction), scale)
+        self.unit = 1 / scale
 
     def _scale(self) -> float:
         """A power of two by which the rehearsed learning rate is enlarged.
@@ -164,7 +217,7 @@ class Direction:
             with torch.random.fork_rng(devices=devices, device_type=device_type):
                 _unhooked_step(base)
             for i in chunk:
-                torch.sub(self.params[i].detach(), self.origin[i], out=self.direction[i])
+                torch.sub(self.params[i].detach(), self.origin[i], out=self.tensors[i])
         finally:
             vars(base).clear()
             vars(base).update(kept_attributes)
@@ -180,7 +233,7 @@ class Direction:
     def move_to(self, alpha: float) -> None:
         """Set the weights to ``origin + alpha * direction`` (in place)."""
         self.restore()
-        torch._foreach_add_(local(self.params), local(self.direction), alpha=alpha)
+        torch._foreach_add_(local(self.params), local(self.tensors), alpha=alpha * self.unit)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -189,50 +242,58 @@ class Direction:
         # Inside a held autocast context the casts of the weights made at the previous position would be used again.
         torch.clear_autocast_cache()
 
+    @torch.no_grad()
     def slope(self) -> Tensor:
         """``<gradient, direction>``: the derivative of the loss along the direction, at the origin. See `dot`."""
-        return _gradient_along(self.params, self.direction)
+        return self.unit * dot([p.grad.detach() for p in self.params if p.grad is not None], self.tensors)
 
 
-class Displacement:
-    """The move ``theta_{t+1} - theta_t`` of a step, kept for the next batch's gradient, in one copy of the weights.
+class Snapshot:
+    """The weights that a step started from, in one copy, kept for the next batch's gradient.
 
     Used again from step to step, because fresh memory costs more than the copying.
 
     Args:
         params: the parameters that have a gradient.
-        backward: ``theta_t - theta_{t+1}`` for each, from a checkpoint; allocated if not given.
+        values: their values when the step started, from a checkpoint; memory for them is allocated if not given.
     """
 
-    def __init__(self, params: list[Tensor], backward: list[Tensor] | None = None):
+    def __init__(self, params: list[Tensor], values: list[Tensor] | None = None):
         self.params = params
-        # The sign is what one subtraction in place leaves.
-        self.backward = [torch.empty_like(p, requires_grad=False) for p in params] if backward is None else backward
+        self.values = [torch.empty_like(p, requires_grad=False) for p in params] if values is None else values
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """To be called before the step."""
-        torch._foreach_copy_(local(self.backward), local(self.params))
+    def take(self) -> None:
+        torch._foreach_copy_(local(self.values), local(self.params))
 
     @torch.no_grad()
-    def end(self) -> None:
-        """To be called after it."""
-        torch._foreach_sub_(local(self.backward), local(self.params))
-
     def slope(self) -> Tensor:
-        """``<gradient, move>`` with the gradients as they are now, 0-dim tensor, see `dot`."""
-        return -_gradient_along(self.params, self.backward)
+        """``<gradient, theta - values>`` with gradients and weights as they are now, 0-dim tensor, see `dot`.
+
+        A parameter whose gradient is missing counts as 0.
+        """
+        triples = [
+            (p.grad.detach(), p.detach(), v)
+            for p, v in zip(self.params, self.values, strict=True)
+            if p.grad is not None
+        ]
+        if not triples:
+            return torch.zeros(())
+        gradients, weights, values = (list(column) for column in zip(*triples, strict=True))
+        parts = zip(local(gradients), local(weights), local(values), strict=True)
+        return _total(gradients, [_product(*part) for part in parts])
 
     def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """`backward` by each parameter's number in an optimizer's `state_dict`."""
+        """`values` by each parameter's number in an optimizer's `state_dict`."""
         position = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
-        return {position[p]: move for p, move in zip(self.params, self.backward, strict=True)}
+        return {position[p]: v for p, v in zip(self.params, self.values, strict=True)}
 
 
-@torch.no_grad()
-def _gradient_along(params: list[Tensor], direction: list[Tensor]) -> Tensor:
-    """A parameter whose gradient is missing counts as 0."""
-    pairs = [(p.grad.detach(), d) for p, d in zip(params, direction, strict=True) if p.grad is not None]
-    if not pairs:
-        return torch.zeros(())
-    return dot([g for g, _ in pairs], [d for _, d in pairs])
+def _is_gradient_descent(base: torch.optim.Optimizer, lr: list[float]) -> bool:
+    """Whether the update of `base` is its gradients times one negative number: no rehearsal, no copy."""
+    return (
+        type(base) is torch.optim.SGD
+        and len(set(lr)) == 1
+        and not any(g["momentum"] or g["weight_decay"] or g["maximize"] for g in base.param_groups)
+        and not any(p.grad.is_sparse or p.grad.dtype is not p.dtype for p in with_gradient(base) if p.grad is not None)
+    )

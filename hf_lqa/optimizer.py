@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Direction, Displacement, full, mean_over_ranks, with_gradient
+from .direction import Direction, Snapshot, full, is_sharded, mean_over_ranks, with_gradient
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
-_GROUP_KEY, _MOVE_KEY = "lqa", "lqa_move"
+_GROUP_KEY, _SNAPSHOT_KEY = "lqa", "lqa_snapshot"
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ class LQA(torch.optim.Optimizer):
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
-        self._displacement: Displacement | None = None
-        # Step size and factor of the last step, while its end slope is still to be measured; otherwise 0.
-        self._pending = (0.0, 0.0)
+        self._snapshot: Snapshot | None = None
+        # Step size and factor of the last step, while its end slope is still to be measured or to be learned from;
+        # otherwise 0. Then the end slope, once measured.
+        self._pending: tuple[float, float, float | None] = (0.0, 0.0, None)
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
@@ -189,16 +190,18 @@ class LQA(torch.optim.Optimizer):
             return
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
+        pending_step_size, pending_factor, end_slope = self._pending
         ended: Tensor | float = 0.0
-        pending_step_size, pending_factor = self._pending
-        if self._displacement is not None and pending_step_size > 0:
-            ended = self._displacement.slope() / pending_step_size
-        norm, end_slope = 0.0, 0.0
-        if self._clipping is not None or pending_step_size > 0:
-            norm, end_slope = self._read(observed_norm, ended)
-        if not (math.isfinite(norm) and math.isfinite(end_slope)):
+        to_measure = self._snapshot is not None and pending_step_size > 0 and end_slope is None
+        if self._snapshot is not None and to_measure:
+            ended = self._snapshot.slope() / pending_step_size
+        norm, ended = self._read(observed_norm, ended) if self._clipping is not None or to_measure else (0.0, 0.0)
+        if not (math.isfinite(norm) and math.isfinite(ended)):
             self._skip()
             return
+        if to_measure:
+            # Kept now, because a probe takes the snapshot's memory.
+            self._pending = pending_step_size, pending_factor, end_slope = pending_step_size, pending_factor, ended
         probe = None
         if self.wants_probe:
             if closure is None and self.policy.step_size is None:
@@ -214,19 +217,19 @@ class LQA(torch.optim.Optimizer):
                 if not math.isfinite(slope):
                     self._skip()
                     return
-        if pending_step_size > 0:
-            self.last_end_slope, self._pending = end_slope, (0.0, 0.0)
+        if end_slope is not None:
+            self.last_end_slope, self._pending = end_slope, (0.0, 0.0, None)
             self.policy.observe_end(end_slope, pending_factor)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
             self.policy.observe_probe(probe.fit, probe.radius)
-        self._advance(multiplier)
+        self._advance(multiplier, snapshot_taken=probe is not None)
         self._disarm()
 
     def _probe(self, closure: Callable[[], Tensor], lr: list[float], clip: float) -> tuple[ProbeRecord, float]:
         """Measure along the direction at relative rates `lr`: (record, ``<gradient, direction>``)."""
-        direction = Direction(self.base, lr)
+        direction = Direction(self.base, lr, self._snapshot_memory().values)
         known: Tensor | None = getattr(closure, "loss", None)
         center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
         forwards = 0 if known is not None else 1
@@ -259,16 +262,20 @@ class LQA(torch.optim.Optimizer):
         self.counts["probe_forwards"] += forwards
         return probe, slope
 
-    def _advance(self, multiplier: float) -> None:
+    def _snapshot_memory(self) -> Snapshot:
+        """The snapshot of the parameters that this step moves."""
+        params = with_gradient(self.base)
+        if self._snapshot is None or not _same(self._snapshot.params, params):
+            self._snapshot = Snapshot(params)
+        return self._snapshot
+
+    def _advance(self, multiplier: float, snapshot_taken: bool) -> None:
         """`base.step()` at learning rates ``level * factor * lr``."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         scale = level * self.policy.factor(step)
         observed = scale > 0 and self.policy.wants_end_slope(step)
-        if observed:
-            params = with_gradient(self.base)
-            if self._displacement is None or not _same(self._displacement.params, params):
-                self._displacement = Displacement(params)
-            self._displacement.begin()
+        if observed and not snapshot_taken:
+            self._snapshot_memory().take()
         lr = [group["lr"] for group in self.param_groups]
         try:
             for group, value in zip(self.param_groups, lr, strict=True):
@@ -278,9 +285,7 @@ class LQA(torch.optim.Optimizer):
             for group, value in zip(self.param_groups, lr, strict=True):
                 group["lr"] = value
         if observed:
-            assert self._displacement is not None
-            self._displacement.end()
-            self._pending = scale * multiplier, self.policy.factor(step) * multiplier
+            self._pending = scale * multiplier, self.policy.factor(step) * multiplier, None
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -311,8 +316,8 @@ class LQA(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
 
-        There it survives every checkpoint format that keeps optimizers, FSDP's included. The move of a step whose end
-        slope is still to be measured travels with the state of the parameters.
+        There it survives every checkpoint format that keeps optimizers, FSDP's included. The weights from before a
+        step whose end slope is still to be measured travel with the state of the parameters.
         """
         state_dict = self.base.state_dict()
         own = {
@@ -327,15 +332,15 @@ class LQA(torch.optim.Optimizer):
         # One string: checkpoints of sharded optimizers take dicts apart and load only keys that a fresh optimizer has.
         groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        moves: dict[int, Tensor] = {}
-        if self._displacement is not None and self._pending[0] > 0:
-            moves = self._displacement.by_index(self.param_groups)
+        snapshot: dict[int, Tensor] = {}
+        if self._snapshot is not None and self._pending[0] > 0 and self._pending[2] is None:
+            snapshot = self._snapshot.by_index(self.param_groups)
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if i not in moves and hasattr(p, "full_tensor") and p.requires_grad:
-                # For the same reason sharded parameters have a move always.
-                moves[i] = torch.zeros_like(p, requires_grad=False)
-        for i, move in moves.items():
-            state.setdefault(i, {})[_MOVE_KEY] = move
+            if i not in snapshot and is_sharded(p) and p.requires_grad:
+                # For the same reason sharded parameters have a snapshot always.
+                snapshot[i] = torch.zeros_like(p, requires_grad=False)
+        for i, values in snapshot.items():
+            state.setdefault(i, {})[_SNAPSHOT_KEY] = values
         return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -358,9 +363,11 @@ class LQA(torch.optim.Optimizer):
         self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
         # Cast and placed by the base's load_state_dict like its own state.
-        moves = {p: s.pop(_MOVE_KEY) for p, s in self.state.items() if _MOVE_KEY in s}
-        self._pending = tuple(own["pending"])
-        self._displacement = Displacement(list(moves), list(moves.values())) if self._pending[0] > 0 else None
+        values = {p: s.pop(_SNAPSHOT_KEY) for p, s in self.state.items() if _SNAPSHOT_KEY in s}
+        step_size, factor, end_slope = own["pending"]
+        self._pending = step_size, factor, end_slope
+        kept = step_size > 0 and end_slope is None
+        self._snapshot = Snapshot(list(values), list(values.values())) if kept else None
 
 
 def _scalar(value: Tensor | float) -> Tensor | float:

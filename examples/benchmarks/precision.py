@@ -86,7 +86,9 @@ def main() -> None:
             if radius is not None:
                 at = {id(p): i for i, p in enumerate(params)}
                 zero = torch.zeros((), device=device)
-                along = [direction.direction[at[id(p)]] if id(p) in at else zero for p in model.parameters()]
+                along = [
+                    direction.unit * direction.tensors[at[id(p)]] if id(p) in at else zero for p in model.parameters()
+                ]
                 line = ([p.detach() for p in model.parameters()], along, radius)
                 with torch.no_grad():
                     for name, (dtype, autocast) in PRECISIONS.items():
