@@ -199,6 +199,13 @@ def refuse_unsupported(trainer: Trainer) -> None:
                 f"parallelism_config.{size}={value} with optim={name!r}: inputs are split inside a context that ends"
                 " before the step, and a probe could not enter it again. Use data parallelism or another --optim"
             )
+    tp_size = max(getattr(parallelism, "tp_size", 1) or 1, getattr(trainer.model, "tp_size", None) or 1)
+    if tp_size > 1:
+        raise ValueError(
+            f"tp_size={tp_size} with optim={name!r}: under tensor parallelism a gradient need not be sharded as its"
+            " weight is, and the slope would be wrong. Load the model without tp_plan and use FSDP2"
+            " (configs/accelerate/fsdp2.yaml), or another --optim"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"n_gpu={args.n_gpu} with optim={name!r}: nn.DataParallel draws its dropout masks in threads, and a probe"

@@ -36,6 +36,11 @@ def split(size):
     return pretend
 
 
+def tensor_parallel(trainer):
+    # A model that was loaded with tp_plan="auto"; Accelerate itself allows no such Trainer on CPUs.
+    trainer.model.__class__ = type("Sharded", (type(trainer.model),), {"tp_size": property(lambda self: 2)})
+
+
 def data_parallel(trainer):
     trainer.args._n_gpu = 2
     # On a CPU the property measures the number of devices again.
@@ -69,12 +74,17 @@ def fsdp1(trainer):
             split("sp_size"),
             r"parallelism_config.sp_size=4 with optim='lqa': .* Use data parallelism or another --optim",
         ),
+        (
+            split("tp_size"),
+            r"tp_size=4 with optim='lqa': .* without tp_plan and use FSDP2 .*or another --optim",
+        ),
+        (tensor_parallel, r"tp_size=2 with optim='lqa': "),
         (data_parallel, r"n_gpu=2 with optim='lqa': nn.DataParallel .* Use `torchrun --nproc_per_node N`"),
         (xla, r"distributed_type=.* with optim='lqa': XLA .* Use another --optim"),
         (xla_devices, r"distributed_type='XLA' with optim='lqa': XLA .* Use another --optim"),
         (fsdp1, r"fsdp_config\['version'\]=1 with optim='lqa': .* Set fsdp_config\['version'\] to 2"),
     ],
-    ids=["DeepSpeed", "cp", "sp", "DataParallel", "FSDP-XLA", "XLA", "FSDP1"],
+    ids=["DeepSpeed", "cp", "sp", "tp", "tp_plan", "DataParallel", "FSDP-XLA", "XLA", "FSDP1"],
 )
 def test_a_set_up_is_refused(pretend, message, tmp_path):
     with pytest.raises(ValueError, match=message):

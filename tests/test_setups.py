@@ -2,6 +2,8 @@
 
 import copy
 import math
+import shutil
+import weakref
 
 import pytest
 import torch
@@ -147,13 +149,52 @@ def test_accumulation_measures_what_one_batch_does(model, data, tmp_path):
         assert many["curvature"] == pytest.approx(one["curvature"], rel=max(1e-5, noise))
 
 
-def test_probing_part_of_the_micro_batches(tmp_path):
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1}
-    trainer, recorder, _ = run(tmp_path / "part", **settings, optim_args=PAPER["optim_args"] + ",probe_micro_batches=2")
-    whole, _, replays = run(tmp_path / "all", **settings)
-    assert trainer.lqa.counts["probe_forwards"] == whole.lqa.counts["probe_forwards"] == 2
-    # Of the same size as the loss of all, of which it is an estimate.
-    assert recorder.steps[0]["losses"][1] == pytest.approx(replays.pairs[0][0], rel=0.2)
+class KeepsScalars(hf_lqa.LQATrainer):
+    """Knows what each micro-batch back-propagated."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        vars(self).setdefault("scalars", []).append(float(loss))
+        return loss
+
+
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_probing_part_of_the_micro_batches(wanted, tmp_path):
+    """Those that are probed stand for all: 4 micro-batches at the first step, 2 at the second, the epoch's last."""
+    options = f"{PAPER['optim_args']},probe_micro_batches={wanted}"
+    changes = {"gradient_accumulation_steps": 4, "max_steps": 2, "optim_args": options}
+    trainer, recorder, replays = run(tmp_path, data=rows(48), trainer_class=KeepsScalars, **changes)
+    assert all(a == b for a, b in replays.pairs) and trainer.lqa.counts["probe_forwards"] == 4
+    for step, scalars in zip(recorder.steps, (trainer.scalars[:4], trainer.scalars[4:]), strict=True):
+        probed = scalars[:wanted]
+        assert step["losses"][1] == pytest.approx(len(scalars) / len(probed) * sum(probed), rel=1e-6)
+
+
+def test_what_is_recorded_are_inputs(tmp_path):
+    """No graph and no activation of a micro-batch lives on until the step."""
+    alive = []
+
+    class Watched(hf_lqa.LQATrainer):
+        outputs = ()
+
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if loss.requires_grad:
+                self.outputs = (*self.outputs, weakref.ref(outputs.logits), weakref.ref(loss))
+            return (loss, outputs) if return_outputs else loss
+
+    class Counts(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            alive.append([ref() is not None for ref in trainer.outputs])
+
+    init = {"callbacks": [Counts()]}
+    trainer = Watched(
+        tiny_bert(), arguments(tmp_path, gradient_accumulation_steps=3, **{**PAPER, "max_steps": 1}), **init
+    )
+    trainer.train_dataset = rows()
+    trainer.train()
+    assert trainer.lqa.counts["probe_forwards"] == 2
+    assert alive == [[False] * 6]
 
 
 # --- precision ---------------------------------------------------------------------------------------------------
@@ -226,9 +267,7 @@ def test_grad_scaler_skips_a_step_and_the_next_probe_is_its_own():
 
 
 def test_lora_moves_only_the_adapters(tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
-    model = peft.get_peft_model(tiny_bert(), config)
+    model = lora()
     before = weights(model)
     trainer, recorder, replays = run(tmp_path, model)
     check(recorder, replays)
@@ -368,32 +407,61 @@ def test_auto_find_batch_size(tmp_path):
     assert trainer._train_batch_size == 4
 
 
-COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+def shallow():
+    """One layer, without dropout: compilers take a while, and draw their own masks."""
+    model = tiny_bert(dropout=0.0)
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+    return model
 
 
-def test_torch_compile(tmp_path):
-    _, recorder, replays = run(tmp_path, tiny_bert(dropout=0.0), max_steps=2, **COMPILED)
-    _, eager, _ = run(tmp_path / "eager", tiny_bert(dropout=0.0), max_steps=2)
+COMPILERS = ["aot_eager", "inductor"]
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_torch_compile(backend, tmp_path):
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("inductor needs a C++ compiler")
+    compiled = {"torch_compile": True, "torch_compile_backend": backend}
+    _, recorder, replays = run(tmp_path, shallow(), max_steps=2, **compiled)
+    _, eager, _ = run(tmp_path / "eager", shallow(), max_steps=2)
+    # With and without gradient are two graphs, which may round differently.
     assert all(a == pytest.approx(b, rel=1e-6) for a, b in replays.pairs)
     for step, reference in zip(recorder.steps, eager.steps, strict=True):
         assert step["losses"] == pytest.approx(reference["losses"], rel=1e-5)
 
 
+def lora():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_bert(), config)
+
+
 RESUMED = {
-    "accumulation": {"gradient_accumulation_steps": 2},
-    "bf16": {"bf16": True},
-    "NEFTune": {"neftune_noise_alpha": 5.0},
-    "paper": {"optim": "lqa_paper"},
-    "label smoothing": {"label_smoothing_factor": 0.1},
+    **{name: (changes, init, tiny_bert) for name, (changes, init) in SETUPS.items()},
+    "bf16 autocast": ({"bf16": True}, {}, tiny_bert),
+    "bf16 weights": ({}, {}, lambda: tiny_bert().to(torch.bfloat16)),
+    "paper": ({"optim": "lqa_paper"}, {}, tiny_bert),
+    "group_by_length": ({"train_sampling_strategy": "group_by_length"}, {}, tiny_bert),
+    "iterable": ({}, {"train_dataset": FromGenerator()}, tiny_bert),
+    "LoRA": ({}, {}, lora),
+    "tied weights": ({}, {"train_dataset": language_rows()}, lambda: tiny_llama(tie_word_embeddings=True)),
+    "BatchNorm, a missing gradient": ({}, {}, lambda: Classifier()),
+    "torch_compile": ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}, shallow),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_is_as_if_never_interrupted(name, tmp_path):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **RESUMED[name]}
+    changes, init, model = RESUMED[name]
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **changes}
     settings["optim_args"] = "probe_interval=2" + ("" if name == "paper" else ",warmup=0")
-    straight = trained(tmp_path / "run", **settings)
-    resumed = trained(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"), **settings)
-    assert_same_weights(weights(straight.model), weights(resumed.model))
-    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (straight, resumed)]
-    assert rates[0] == rates[1]
+    found = []
+    for folder, checkpoint in (("run", None), ("other", str(tmp_path / "run" / "checkpoint-3"))):
+        given = {"train_dataset": rows(), **init}
+        trainer = hf_lqa.LQATrainer(model(), arguments(tmp_path / folder, **settings), **given)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found.append((weights(trainer.model), [e["learning_rate"] for e in trainer.state.log_history[:-1]]))
+    (straight, rates), (resumed, again) = found
+    assert_same_weights(straight, resumed)
+    assert rates == again and len(set(rates)) > 1
