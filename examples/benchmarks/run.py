@@ -392,7 +392,7 @@ def arguments(folder: str, method: Method, seed: int, options: argparse.Namespac
         output_dir=folder,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=8 if options.batch_size < 16 else 64,
+        per_device_eval_batch_size=max(8, min(64, 1024 // (options.max_length or 16))),
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type="constant" if schedule == "decay" else schedule,
         # Schedule-free does its own warm-up, for which it wants a number of steps.
@@ -482,7 +482,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"max_steps": 200, "batch_size": 128, "max_length": None, "max_eval_samples": None},
 }
 #: Of the table of text tasks: what one core can do.
-TABLE = {"max_steps": 100, "batch_size": 16, "max_length": 16, "max_eval_samples": 400, "group_by_length": True}
+TABLE = {"max_steps": 100, "batch_size": 8, "max_length": 16, "max_eval_samples": 400, "group_by_length": True}
 
 
 def filled(task: str, options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -538,7 +538,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             few = ["lqa", *adamw("1e-4", "1e-3")]
             for changes in (
                 {"batch_size": 4},
-                {"batch_size": 64},
+                {"batch_size": 32},
                 {"max_steps": 50},
                 {"max_steps": 400},
                 {"max_length": 32},
