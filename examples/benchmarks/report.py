@@ -1,58 +1,519 @@
-"""Tables from the runs that ``run.py`` has collected.
+"""Tables and figures from the runs that ``run.py`` has collected.
 
 ::
 
-    python examples/benchmarks/report.py results.jsonl > REPORT.md
+    python examples/benchmarks/report.py
 
-One table per task and setting: mean and standard error of the validation loss and of the metric over seeds, and the
-range of learning rates; then each method's rank by validation loss, averaged over tasks.
+writes ``REPORT.md`` and the figures beside the results. The best of AdamW's swept rates is the bar that ``lqa`` has to
+clear; ± is the standard error over seeds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import statistics
-import sys
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-SETTING = ("task", "max_steps", "batch_size", "max_length", "schedule", "max_eval_samples")
+Run = dict[str, Any]
+Setting = tuple[Any, ...]
+
+PAPER = ("linear", "logistic", "mlp_mnist", "lenet_cifar")
+TASKS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8", "smollm2", "smollm2_lora", *PAPER)
+SETTING = ("max_steps", "batch_size", "max_length", "schedule", "max_eval_samples", "max_grad_norm", "group_by_length")
+#: Where an old line does not say.
+OLD = {"max_grad_norm": 1.0, "group_by_length": False, "model": None, "trivial_metric": None, "error": None}
+#: Methods with a rate in their names that is nobody's choice here: their authors' default.
+OWN_RATE = ("schedule_free_adamw@2.5e-3+warmup",)
+#: Okabe and Ito's colours by falling darkness, each with its own line: they work in grey, too.
+STYLES = [
+    ("#000000", "-"),
+    ("#0072B2", "--"),
+    ("#D55E00", "-."),
+    ("#009E73", ":"),
+    ("#E69F00", "-"),
+    ("#56B4E9", "--"),
+    ("#CC79A7", "-."),
+]
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.fmean(values), error
+def read(path: Path) -> list[Run]:
+    return [{**OLD, **json.loads(line)} for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    with open(sys.argv[1], encoding="utf-8") as file:
-        runs = [json.loads(line) for line in file]
-    settings: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+def setting_of(run: Run) -> Setting:
+    return tuple(run[key] for key in SETTING)
+
+
+def swept(method: str) -> bool:
+    """One of the rates of AdamW's sweep."""
+    return method.startswith("adamw@") and "constant" not in method
+
+
+def without_rate(method: str) -> bool:
+    # The paper's own rule has no schedule; on its tasks it runs without.
+    return ("@" not in method and "=" not in method) or method in OWN_RATE
+
+
+def failed(run: Run) -> bool:
+    """Broken down, or no better than without a model (than the untrained one for language models)."""
+    finite = math.isfinite(run["eval_loss"]) and math.isfinite(run["metric"])
+    trivial = run["trivial_metric"]
+    return run["error"] is not None or not finite or (trivial is not None and run["metric"] < trivial)
+
+
+def mean(values: Iterable[float]) -> float:
+    found = [v if math.isfinite(v) else math.inf for v in values]
+    return statistics.fmean(found)
+
+
+def with_error(values: Sequence[float], digits: int = 4) -> str:
+    if not all(math.isfinite(v) for v in values):
+        return "diverged"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else text
+
+
+class Table:
+    """The runs of one task in one setting, by method."""
+
+    def __init__(self, task: str, setting: Setting, runs: list[Run]):
+        self.task, self.setting = task, setting
+        self.methods: dict[str, dict[int, Run]] = defaultdict(dict)
+        for run in runs:
+            self.methods[run["method"]][run["seed"]] = run
+
+    def loss(self, method: str, seeds: Iterable[int] | None = None) -> float:
+        found = self.methods[method]
+        return mean(found[seed]["eval_loss"] for seed in (found if seeds is None else seeds))
+
+    def best(self, methods: Iterable[str], seeds: set[int] | None = None) -> tuple[str, set[int]] | None:
+        """The method of lowest mean loss over the seeds that most of them share, and those seeds."""
+        found = [m for m in methods if m in self.methods and (seeds is None or seeds & set(self.methods[m]))]
+        if not found:
+            return None
+        wanted = {m: set(self.methods[m]) if seeds is None else seeds & set(self.methods[m]) for m in found}
+        # A rate with one seed is no bar for three, unless it is better on that one.
+        most = max(len(s) for s in wanted.values())
+        method = min((m for m in found if len(wanted[m]) == most), key=lambda m: self.loss(m, wanted[m]))
+        return method, wanted[method]
+
+    def title(self) -> str:
+        steps, batch, length, schedule, rows, clip, grouped = self.setting
+        parts = [f"{steps} steps", f"batch {batch}", f"{length} tokens" if length else "", f"{schedule} schedule"]
+        parts += [f"{rows} validation rows" if rows else "", "" if clip else "unclipped"]
+        parts += ["grouped by length" if grouped else ""]
+        return f"{self.task}: " + ", ".join(part for part in parts if part)
+
+
+def tables_of(runs: list[Run]) -> dict[tuple[str, Setting], Table]:
+    found: dict[tuple[str, Setting], list[Run]] = defaultdict(list)
     for run in runs:
-        settings[tuple(run[key] for key in SETTING)][run["method"]].append(run)
+        found[run["task"], setting_of(run)].append(run)
+    return {key: Table(*key, group) for key, group in found.items()}
 
-    ranks: dict[str, list[int]] = defaultdict(list)
-    for setting, methods in settings.items():
-        task, steps, batch, length, schedule, _ = setting
-        print(f"### {task}: {steps} steps, batch {batch}, {length} tokens, {schedule} schedule\n")
-        print("| method | validation loss | accuracy (or -MSE) | learning rates | probe forwards | seeds |")
-        print("|---|---|---|---|---|---|")
-        losses = {m: mean_and_error([r["eval_loss"] for r in found]) for m, found in methods.items()}
-        for rank, method in enumerate(sorted(methods, key=lambda m: losses[m][0]), start=1):
-            found = methods[method]
-            ranks[method].append(rank)
-            loss, metric = losses[method], mean_and_error([r["metric"] for r in found])
-            rates = [rate for r in found for rate in r["learning_rate"] if rate > 0]
-            print(
-                f"| `{method}` | {loss[0]:.4f} ± {loss[1]:.4f} | {metric[0]:.4f} ± {metric[1]:.4f} |"
-                f" up to {max(rates):.1e} | {found[-1]['probe_forwards']} | {len(found)} |"
+
+def main_tables(tables: dict[tuple[str, Setting], Table]) -> list[Table]:
+    """Of each task the setting in which most methods ran."""
+    chosen = []
+    for task in [*TASKS, *sorted({task for task, _ in tables} - set(TASKS))]:
+        own = [table for (name, _), table in tables.items() if name == task]
+        if own:
+            chosen.append(max(own, key=lambda table: len(table.methods)))
+    return chosen
+
+
+def against_sweep(table: Table, method: str) -> str | None:
+    """A row: `method` beside the best rate of AdamW's sweep, on the seeds that both have."""
+    if method not in table.methods:
+        return None
+    found = table.best([m for m in table.methods if swept(m)], set(table.methods[method]))
+    if found is None:
+        return None
+    best, seeds = found
+    rates = sorted((m for m in table.methods if swept(m)), key=rate_of)
+    own = [table.methods[method][s]["eval_loss"] for s in sorted(seeds)]
+    bar = [table.methods[best][s]["eval_loss"] for s in sorted(seeds)]
+    inner = "" if best not in (rates[0], rates[-1]) else " (at the end of the sweep)"
+    ratio = mean(own) / mean(bar)
+    metrics = [f"{mean(table.methods[m][s]['metric'] for s in seeds):.4f}" for m in (method, best)]
+    return (
+        f"| {table.task} | {with_error(own)} | {with_error(bar)} | {rate_of(best):.0e}{inner} | {ratio:.3f} |"
+        f" {metrics[0]} | {metrics[1]} | {len(seeds)} |"
+    )
+
+
+def rate_of(method: str) -> float:
+    return float(method.partition("@")[2].partition("+")[0] or "nan")
+
+
+#: The paper's references run on its own tasks only.
+UNRANKED = ("bb",)
+SWEEP = "AdamW, best of the sweep"
+
+
+def ranks(chosen: list[Table], with_sweep: bool, seed: int = 0) -> str:
+    """Mean ranks by validation loss, one seed, of the methods without a rate, over the tasks that most of them ran."""
+    losses: list[dict[str, float]] = []
+    bars: list[float] = []
+    for table in chosen:
+        best = table.best([m for m in table.methods if swept(m)], {seed})
+        own = {
+            alias(method): table.loss(method, [seed])
+            for method, by_seed in table.methods.items()
+            if without_rate(method) and seed in by_seed and method not in UNRANKED
+        }
+        if best is None or "lqa" not in own:
+            continue
+        bars.append(table.loss(best[0], [seed]))
+        losses.append({**own, SWEEP: bars[-1]} if with_sweep else own)
+    if not losses:
+        return ""
+    most = max(map(len, losses))
+    # A task that few methods ran ranks nothing.
+    kept = [i for i, own in enumerate(losses) if len(own) > most / 2]
+    names = sorted(set.intersection(*(set(losses[i]) for i in kept)))
+    found: dict[str, list[int]] = defaultdict(list)
+    for i in kept:
+        for rank, name in enumerate(sorted(names, key=lambda n: losses[i][n]), start=1):
+            found[name].append(rank)
+
+    def to_bar(name: str) -> float:
+        """Geometric mean over the tasks."""
+        return math.exp(mean(math.log(losses[i][name] / bars[i]) for i in kept))
+
+    rows = [f"Tasks: {', '.join(name for i, name in enumerate(ranked_tasks(chosen, seed)) if i in kept)}.", ""]
+    rows += [
+        "| method | mean rank | loss over that of AdamW's best rate (geometric mean) | worst rank |",
+        "|---|---|---|---|",
+    ]
+    for name in sorted(names, key=lambda n: statistics.fmean(found[n])):
+        rows.append(f"| `{name}` | {statistics.fmean(found[name]):.2f} | {to_bar(name):.3f} | {max(found[name])} |")
+    return "\n".join(rows)
+
+
+def ranked_tasks(chosen: list[Table], seed: int) -> list[str]:
+    """Those with `lqa` and a sweep."""
+    return [
+        table.task
+        for table in chosen
+        if seed in table.methods.get("lqa", {}) and table.best([m for m in table.methods if swept(m)], {seed})
+    ]
+
+
+def alias(method: str) -> str:
+    """One name for a method in whatever schedule it runs."""
+    return method.removesuffix("+constant")
+
+
+def full_table(table: Table) -> str:
+    head = ["method", "validation loss", "minus loss or MSE" if table.task.startswith("smol") else "metric"]
+    head += ["highest rate", "last train loss", "forward equivalents", "seconds", "seeds", "failed"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for method in sorted(table.methods, key=table.loss):
+        runs = list(table.methods[method].values())
+        rates = [rate for run in runs for rate in run["learning_rate"] if math.isfinite(rate)]
+        last = [mean(run["train_loss"][-10:]) for run in runs if run["train_loss"]]
+        forwards = mean(run.get("forward_equivalents", 3 * len(run["train_loss"])) for run in runs)
+        cells = [f"`{method}`", with_error([r["eval_loss"] for r in runs]), with_error([r["metric"] for r in runs])]
+        cells += [f"{max(rates, default=math.nan):.1e}", with_error(last[:1], 3), f"{forwards:.0f}"]
+        cells += [f"{mean(r['train_seconds'] for r in runs):.0f}", str(len(runs)), str(sum(map(failed, runs)) or "")]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def variations(tables: dict[tuple[str, Setting], Table], chosen: list[Table]) -> str:
+    rows = []
+    main = {(table.task, table.setting) for table in chosen}
+    for key, table in tables.items():
+        if key not in main and (row := against_sweep(table, "lqa")):
+            rows.append(row.replace(f"| {table.task} |", f"| {table.title()} |", 1))
+    return "\n".join([HEAD, *rows]) if rows else ""
+
+
+HEAD = """| task | `lqa` | AdamW, best rate | that rate | ratio | metric, `lqa` | metric, AdamW | seeds |
+|---|---|---|---|---|---|---|---|"""
+
+
+def insensitivity(chosen: list[Table]) -> str:
+    rows = ["| task | change | validation loss | ratio to the default |", "|---|---|---|---|"]
+    for table in chosen:
+        for method in table.methods:
+            if method.startswith("lqa+") and "=" in method and "lqa" in table.methods:
+                seeds = set(table.methods[method]) & set(table.methods["lqa"])
+                loss, default = table.loss(method, seeds), table.loss("lqa", seeds)
+                rows.append(f"| {table.task} | `{method[4:]}` | {loss:.4f} | {loss / default:.3f} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def paper_table(chosen: list[Table]) -> str:
+    """Training loss at some steps: the paper claims the greatest reduction per step."""
+    tables = [table for table in chosen if table.task in PAPER]
+    if not tables:
+        return ""
+    steps = [10, 50, 199]
+    rows = ["| task | method | " + " | ".join(f"after {s + 1 if s == 199 else s} steps" for s in steps) + " | seeds |"]
+    rows.append("|---|---|" + "---|" * (len(steps) + 1))
+    for table in tables:
+        for method in paper_methods(table):
+            runs = list(table.methods[method].values())
+            values = [
+                mean(smoothed(run["train_loss"])[min(s, len(run["train_loss"]) - 1)] for run in runs) for s in steps
+            ]
+            rows.append(
+                f"| {table.task} | `{method}` | " + " | ".join(f"{v:.4f}" for v in values) + f" | {len(runs)} |"
             )
-        print()
-    if len(settings) > 1:
-        print("### Mean rank by validation loss\n\n| method | mean rank | settings |\n|---|---|---|")
-        for method in sorted(ranks, key=lambda m: statistics.fmean(ranks[m])):
-            print(f"| `{method}` | {statistics.fmean(ranks[method]):.2f} | {len(ranks[method])} |")
+    return "\n".join(rows)
+
+
+def paper_methods(table: Table) -> list[str]:
+    """The paper's rule and what it compares with: the best constant rate, the best decay, Barzilai-Borwein, Adam."""
+
+    def last(method: str) -> float:
+        return mean(mean(run["train_loss"][-10:]) for run in table.methods[method].values())
+
+    groups = [["lqa_paper+constant", "lqa_paper"]]
+    groups += [
+        [m for m in table.methods if m.startswith("sgd@") and m.endswith(end)] for end in ("+constant", "+decay")
+    ]
+    groups += [["bb"], ["adamw@1e-3+constant"]]
+    present = [[m for m in group if m in table.methods] for group in groups]
+    return [min(group, key=last) for group in present if group]
+
+
+def smoothed(values: Sequence[float], width: int = 10) -> list[float]:
+    return [mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def failures(runs: list[Run]) -> str:
+    rows = []
+    by_method: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        if failed(run):
+            by_method[run["method"]].append(f"{run['task']} (seed {run['seed']})")
+    for method in sorted(by_method):
+        rows.append(f"- `{method}`: {', '.join(sorted(set(by_method[method])))}")
+    return "\n".join(rows)
+
+
+def average(runs: Iterable[Run], key: str) -> list[float]:
+    """Step by step over seeds."""
+    return [mean(values) for values in zip(*(run[key] for run in runs), strict=False)]
+
+
+def _figure(rows: int, columns: int, width: float = 3.0, height: float = 2.4) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+
+
+def draw_losses(chosen: list[Table], path: Path) -> None:
+    tables = [t for t in chosen if "lqa" in t.methods and t.task not in PAPER][:5]
+    if not tables:
+        return
+    figure, axes = _figure(2, len(tables))
+    for column, table in enumerate(tables):
+        best = table.best([m for m in table.methods if swept(m)])
+        names = ["lqa", *([best[0]] if best else []), "prodigy", "salsa", "adamw"]
+        for (color, line), method in zip(STYLES, names, strict=False):
+            if method not in table.methods:
+                continue
+            run = table.methods[method].get(0) or next(iter(table.methods[method].values()))
+            losses = smoothed(run["train_loss"])
+            label = "AdamW, best rate" if swept(method) else "AdamW, default rate" if method == "adamw" else method
+            axes[0][column].plot(range(1, len(losses) + 1), losses, color=color, linestyle=line, label=label)
+            scale = run.get("forward_equivalents", 3 * len(losses)) / len(losses)
+            work = [scale * (i + 1) for i in range(len(losses))]
+            axes[1][column].plot(work, losses, color=color, linestyle=line, label=label)
+        axes[0][column].set_title(table.task)
+        axes[0][column].set_xlabel("step")
+        axes[1][column].set_xlabel("forward equivalents")
+    for row in axes:
+        row[0].set_ylabel("training loss, mean of 10 steps")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=90)
+
+
+def draw_sweep(chosen: list[Table], path: Path) -> None:
+    tables = [t for t in chosen if "lqa" in t.methods and sum(map(swept, t.methods)) > 1]
+    if not tables:
+        return
+    columns = math.ceil(len(tables) / 2) if len(tables) > 3 else len(tables)
+    figure, axes = _figure(2 if len(tables) > 3 else 1, columns)
+    for ax in axes.flat[len(tables) :]:
+        ax.axis("off")
+    for ax, table in zip(axes.flat, tables, strict=False):
+        methods = sorted((m for m in table.methods if swept(m)), key=rate_of)
+        default = table.methods.get("adamw")
+        losses = [table.loss(m, [0] if 0 in table.methods[m] else None) for m in methods]
+        ax.plot([rate_of(m) for m in methods], losses, "o--", color="#0072B2", label="AdamW, swept")
+        if default and 0 in default:
+            ax.plot(
+                [5e-5],
+                [default[0]["eval_loss"]],
+                "D",
+                color="#D55E00",
+                label="AdamW, Trainer's default",
+                fillstyle="none",
+            )
+        own = table.methods["lqa"]
+        ax.axhline(own[0]["eval_loss"] if 0 in own else table.loss("lqa"), color="#000000", label="lqa, no rate given")
+        ax.set_xscale("log")
+        ax.set_title(table.task)
+        finite = [v for v in losses if math.isfinite(v)]
+        if max(finite) > 20 * min(finite):
+            ax.set_yscale("log")
+    for row in axes:
+        row[0].set_ylabel("validation loss, seed 0")
+    for ax in axes[-1]:
+        ax.set_xlabel("learning rate")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=90)
+
+
+def draw_rates(chosen: list[Table], path: Path) -> None:
+    tables = [t for t in chosen if "lqa" in t.methods]
+    if not tables:
+        return
+    columns = math.ceil(len(tables) / 2) if len(tables) > 3 else len(tables)
+    figure, axes = _figure(2 if len(tables) > 3 else 1, columns)
+    for ax in axes.flat[len(tables) :]:
+        ax.axis("off")
+    for ax, table in zip(axes.flat, tables, strict=False):
+        for i, run in enumerate(table.methods["lqa"].values()):
+            ax.plot(
+                run["learning_rate"], color="#000000", linewidth=0.9, label="lqa, one line a seed" if not i else None
+            )
+        if best := table.best([m for m in table.methods if swept(m)]):
+            run = next(iter(table.methods[best[0]].values()))
+            ax.plot(run["learning_rate"], color="#0072B2", linestyle="--", label="AdamW, best rate of the sweep")
+        ax.set_yscale("log")
+        top = max(max(run["learning_rate"]) for run in table.methods["lqa"].values())
+        ax.set_ylim(bottom=top / 100)
+        ax.set_title(table.task)
+    for row in axes:
+        row[0].set_ylabel("learning rate")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=90)
+
+
+def draw_paper(chosen: list[Table], path: Path) -> None:
+    """Where the paper's rule does what it claims, and, in the last panels, where it does not."""
+    tables = [t for t in chosen if any(alias(m) == "lqa_paper" for m in t.methods)]
+    tables = [t for t in tables if t.task in PAPER] + [t for t in tables if t.task not in PAPER][:2]
+    if not tables:
+        return
+    columns = math.ceil(len(tables) / 2)
+    figure, axes = _figure(2 if len(tables) > 1 else 1, columns)
+    for ax in axes.flat[len(tables) :]:
+        ax.axis("off")
+    names = {"lqa_paper": "the paper's rule", "sgd": "best constant rate", "bb": "Barzilai–Borwein"}
+    for ax, table in zip(axes.flat, tables, strict=False):
+        if table.task in PAPER:
+            methods = paper_methods(table)
+        else:
+            best = table.best([m for m in table.methods if swept(m)])
+            methods = ["lqa_paper", *([best[0]] if best else []), "lqa"]
+        for method in methods:
+            if method not in table.methods:
+                continue
+            if method.endswith("+decay"):
+                style, label = 4, "best decaying rate"
+            elif method == "lqa":
+                style, label = 6, "lqa"
+            elif swept(method):
+                style, label = 5, "AdamW, best of the sweep"
+            elif method.startswith("adamw"):
+                style, label = 3, "Adam, default rate"
+            else:
+                kind = next(key for key in names if method.startswith(key))
+                style, label = list(names).index(kind), names[kind]
+            runs = table.methods[method].values()
+            color, line = STYLES[style]
+            ax.plot(smoothed(average(runs, "train_loss")), color=color, linestyle=line, label=label)
+        ax.set_title(table.task)
+        ax.set_xlabel("step")
+        if table.task == "linear":
+            ax.set_yscale("log")
+    for row in axes:
+        row[0].set_ylabel("training loss, mean of 10 steps")
+    labels = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=90)
+
+
+FIGURES = {
+    "sweep.png": (draw_sweep, "How AdamW's result hangs on its rate, and what `lqa` gets without one (seed 0)"),
+    "rates.png": (draw_rates, "The learning rates that `lqa` chose, and the best of AdamW's"),
+    "loss.png": (draw_losses, "Training loss against steps and against forward equivalents (seed 0)"),
+    "paper.png": (draw_paper, "The paper's rule on the paper's kinds of task, and in fine-tuning with small batches"),
+}
+
+
+def report(runs: list[Run], folder: Path) -> str:
+    tables = tables_of(runs)
+    chosen = main_tables(tables)
+    newest = runs[-1]
+    parts = [
+        "# Benchmark",
+        "Made by `python examples/benchmarks/report.py` from the raw results beside it; all runs by"
+        " `python examples/benchmarks/run.py --table --data_dir data`, which says what each task and method is."
+        f" fp32, {newest['machine']}; torch {newest['torch']}, transformers {newest.get('transformers', '5')}."
+        " ± is the standard error over seeds. What was not run, and why: [NOTES.md](NOTES.md).",
+        "## `lqa` against the best of AdamW's sweep",
+        "The best of AdamW's rates, half a decade apart, 6 % warm-up, linear decay, by mean loss over the seeds that both"
+        " have. A ratio below 1: `lqa` is better. Metric: accuracy, minus the mean squared error, or minus the loss"
+        " (language models).",
+        "\n".join([HEAD, *(row for table in chosen if (row := against_sweep(table, "lqa")))]),
+    ]
+    parts += [
+        "## Mean rank",
+        "By validation loss on seed 0, over the methods that are given no rate and ran on all of the tasks.",
+        ranks(chosen, with_sweep=False),
+        "And with the best of AdamW's sweep as one more method:",
+        ranks(chosen, with_sweep=True),
+        "### Failures",
+        "NaN, or worse than the commonest class, the mean, or the untrained language model:",
+        failures([run for table in chosen for by_seed in table.methods.values() for run in by_seed.values()])
+        or "None.",
+    ]
+    for name, (draw, caption) in FIGURES.items():
+        draw(chosen, folder / name)
+        if (folder / name).exists():
+            parts.append(f"![{caption}]({name})\n\n{caption}.")
+    if text := variations(tables, chosen):
+        parts += ["## Other settings", text]
+    if text := insensitivity(chosen):
+        parts += ["## The rule's own constants, halved and doubled", text]
+    if text := paper_table(chosen):
+        parts += ["## The paper's claim", "Training loss, mean of the last ten steps, mean over seeds.", text]
+    parts.append("## All results")
+    for table in [*chosen, *(t for t in tables.values() if t not in chosen)]:
+        parts += [f"### {table.title()}", full_table(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, default=here / "results.jsonl")
+    parser.add_argument("--output", type=Path, help="REPORT.md beside the results if not given")
+    options = parser.parse_args(argv)
+    output = options.output or options.results.with_name("REPORT.md")
+    output.write_text(report(read(options.results), output.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

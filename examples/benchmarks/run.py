@@ -556,7 +556,17 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
 #: Every constant of the rule at half and at twice its value (for runs of 100 steps).
 CHANGES = ["tau=0.03", "tau=0.12", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
 CHANGES += ["probe_interval=50", "probe_interval=200"]
-STAGES = ["lqa_text", "adamw0", "paper", "paper_peers", "lqa_paper_tasks", "adamw12", "peers", "lqa_variants", "smollm2_lora"]
+STAGES = [
+    "lqa_text",
+    "adamw0",
+    "paper",
+    "paper_peers",
+    "lqa_paper_tasks",
+    "adamw12",
+    "peers",
+    "lqa_variants",
+    "smollm2_lora",
+]
 STAGES += ["smollm2", "lqa_smollm2", "sgd", "peers_rest", "variations", "insensitivity"]
 
 

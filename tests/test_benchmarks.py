@@ -1,0 +1,237 @@
+"""The benchmark: every method runs, finished runs are not repeated, the report is written, the peers do as they say."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for module in ("datasets", "evaluate", "matplotlib", "peft"):
+    pytest.importorskip(module)
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+
+import paper  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+
+PACKAGES = {
+    "prodigy": "prodigyopt",
+    "dadapt_adam": "dadaptation",
+    "dog": "dog",
+    "ldog": "dog",
+    "momo_adam": "momo",
+    "mechanic_adamw": "mechanic_pytorch",
+    "schedule_free_adamw@2.5e-3+warmup": "schedulefree",
+}
+METHODS = [
+    *("lqa", "lqa_sgd", "lqa_paper+constant", "adamw", "adamw@1e-3+warmup", "adamw@1e-3+constant"),
+    *("sgd@1e-2+warmup+momentum=0.9", "sgd@1e-1+decay", "lqa+tau=0.1+eta=0.2"),
+    *("bb", "salsa", "gen_adamw", "greedy"),
+    *PACKAGES,
+]
+WORDS = "red green blue house tree river dog cat".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny encoder, a tiny language model, both with their tokenizer, and texts whose first word is the class."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    size = {"vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertModel(BertConfig(**size, intermediate_size=16))
+    language = LlamaForCausalLM(LlamaConfig(**size, intermediate_size=16, num_key_value_heads=2))
+    for model, name in ((encoder, "encoder"), (language, "language")):
+        model.save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    rows = [f"{WORDS[i % 3]} {WORDS[i % 7]} {WORDS[i % 5]},{i % 3}" for i in range(32)]
+    for task in ("colours", "tinyshakespeare"):
+        (folder / task).mkdir()
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+            (folder / task / f"{split}.txt").write_text(" ".join(WORDS * 20))
+    return folder
+
+
+def benchmark(folder, results, *argv):
+    run.main(["--data_dir", str(folder), "--results", str(results), "--seeds", "0", *map(str, argv)])
+    return run.read(results)
+
+
+SHORT = ("--max_steps", 2, "--batch_size", 4, "--max_length", 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_two_steps(folder, tmp_path, method):
+    if method in PACKAGES:
+        pytest.importorskip(PACKAGES[method])
+    (row,) = benchmark(
+        folder, tmp_path / "r.jsonl", *SHORT, "--tasks", "colours", "--methods", method, "--model", folder / "encoder"
+    )
+    assert len(row["train_loss"]) == len(row["learning_rate"]) == 2
+    assert math.isfinite(row["eval_loss"]) and 0 <= row["metric"] <= 1
+    assert row["trivial_metric"] == pytest.approx(11 / 32)
+    assert row["forward_equivalents"] == 6 + row["probe_forwards"]
+    assert (row["probe_forwards"] > 0) == method.startswith(("lqa", "salsa"))
+
+
+@pytest.mark.parametrize("task", run.LANGUAGE)
+def test_language_models(folder, tmp_path, task):
+    argv = (*SHORT, "--tasks", task, "--methods", "adamw@1e-3", "--model", folder / "language", "--max_eval_samples", 4)
+    (row,) = benchmark(folder, tmp_path / "r.jsonl", *argv)
+    assert row["metric"] == -row["eval_loss"] and row["trivial_metric"] == pytest.approx(-math.log(12), abs=0.5)
+
+
+def test_finished_runs_are_not_repeated(folder, tmp_path, capsys):
+    results = tmp_path / "r.jsonl"
+    argv = ("--tasks", "linear", "--max_steps", 2, "--methods", "sgd@1e-2")
+    assert len(benchmark(folder, results, *argv)) == 1
+    assert len(benchmark(folder, results, *argv, "sgd@1e-1")) == 2
+    assert "seed 0" in capsys.readouterr().out
+    assert len(benchmark(folder, results, *argv)) == 2
+    assert not capsys.readouterr().out
+    # Lines of before there was an option were made with what is its default now.
+    old = [
+        {k: v for k, v in row.items() if k not in ("group_by_length", "max_grad_norm", "model")}
+        for row in run.read(results)
+    ]
+    results.write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert len(benchmark(folder, results, *argv)) == 2
+    assert len(benchmark(folder, results, *argv, "--max_grad_norm", 0)) == 3
+
+
+def test_data_by_name(folder, tmp_path):
+    data = " ".join(f"--{split}_file {folder / 'colours' / split}.csv" for split in ("train", "validation"))
+    argv = ("--tasks", "mine", "--methods", "adamw", "--data_arguments", data, "--model", folder / "encoder")
+    (row,) = benchmark(folder, tmp_path / "r.jsonl", *SHORT, *argv)
+    assert row["task"] == "mine"
+
+
+def test_the_table_can_be_planned(folder):
+    options = run.options_of(["--table", "--data_dir", str(folder)])
+    runs = run.plan(run.STAGES, options)
+    assert len({json.dumps(run.identity(t, m, s, o)) for t, m, s, o in runs}) == len(runs) > 200
+    for _, method, _, _ in runs:
+        run.parse_method(method)
+    with pytest.raises(SystemExit, match="nonsense"):
+        run.plan(["nonsense"], options)
+    with pytest.raises(SystemExit, match="nonsense"):
+        run.parse_method("adamw@1e-3+nonsense")
+
+
+def made_up(task, method, seed, loss, **changes):
+    """A line of results."""
+    row = {"task": task, "method": method, "seed": seed, "max_steps": 3, "batch_size": 4, "max_length": 8}
+    row |= {"schedule": "linear", "max_eval_samples": None, "eval_loss": loss, "metric": 0.9, "trivial_metric": 0.5}
+    row |= {"train_loss": [3.0, 2.0, loss], "learning_rate": [1e-4, 2e-4, 1e-4], "probe_forwards": 2}
+    return row | {"train_seconds": 1.0, "machine": "paper", "torch": "2"} | changes
+
+
+def test_report(tmp_path):
+    rows = [made_up("trec6", "lqa", seed, 0.2 + 0.01 * seed) for seed in (0, 1)]
+    for rate, loss in (("1e-4", 0.5), ("3e-4", 0.25), ("1e-3", 0.8)):
+        rows += [made_up("trec6", f"adamw@{rate}+warmup", seed, loss) for seed in (0, 1)]
+    rows += [made_up("trec6", "prodigy", 0, 0.3), made_up("trec6", "salsa", 0, math.nan, metric=0.1)]
+    rows += [made_up("trec6", "lqa+tau=0.1", 0, 0.3), made_up("trec6", "lqa_paper", 0, 1.9)]
+    rows += [made_up("trec6", method, 0, 0.4, max_steps=9) for method in ("lqa", "adamw@3e-4+warmup")]
+    rows += [made_up("linear", method, 0, 0.4) for method in ("lqa_paper+constant", "sgd@1e-2+constant", "bb")]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.main([str(results)])
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "| trec6 | 0.2050 ± 0.0050 | 0.2500 ± 0.0000 | 3e-04 | 0.820 |" in text
+    assert "| `lqa` | 1.00 | 0.800 | 1 |" in text and "| `prodigy` | 2.00 | 1.200 | 2 |" in text
+    assert "- `salsa`: trec6 (seed 0)" in text and "| `salsa` | diverged |" in text
+    assert "| trec6 | `tau=0.1` | 0.3000 | 1.500 |" in text
+    assert "trec6: 9 steps" in text and "| linear | `lqa_paper+constant` |" in text
+    for name in report.FIGURES:
+        assert (tmp_path / name).stat().st_size < 150_000 and f"({name})" in text
+
+
+def quadratic(curvatures=(1.0, 10.0)):
+    """Weights, and the loss ½ Σ c w² with its gradient left in them."""
+    weights = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    scale = torch.tensor(curvatures, dtype=torch.float64)
+
+    def loss():
+        return 0.5 * (scale * weights**2).sum()
+
+    return weights, loss
+
+
+def step(optimizer, loss):
+    optimizer.zero_grad()
+    value = loss()
+    value.backward()
+    optimizer.batch_loss = value.detach()
+    optimizer.batch_closure = optimizer.fresh_closure = lambda: loss().detach()
+    optimizer.step()
+    return value.item()
+
+
+def test_salsa_keeps_its_inequality():
+    weights, loss = quadratic()
+    optimizer = peers.SaLSa([weights])
+    for _ in range(3):
+        before, decrease, squared = loss().item(), optimizer.decrease, optimizer.squared
+        origin = weights.detach().clone()
+        step(optimizer, loss)
+        # The direction is the gradient over its root mean square.
+        preconditioned = (origin - weights.detach()) / optimizer.step_size
+        assert optimizer.decrease == pytest.approx(0.9 * decrease + 0.1 * (before - loss().item()))
+        assert optimizer.squared == pytest.approx(0.9 * squared + 0.1 * (weights.grad * preconditioned).sum().item())
+        assert optimizer.decrease >= 0.5 * optimizer.step_size * optimizer.squared
+    assert optimizer.forwards >= 3
+
+
+def test_gen_finds_the_minimum_of_the_parabola():
+    weights, loss = quadratic((4.0, 4.0))
+    optimizer = peers.GeNAdamW([weights], lr=0.01)
+    for _ in range(7):
+        step(optimizer, loss)
+    assert optimizer.level == 0.01 and optimizer.forwards == 0
+    step(optimizer, loss)
+    # The minimum lies further than twice the rate, to which it is bounded.
+    assert optimizer.level == pytest.approx(0.9 * 0.01 + 0.1 * 0.02) and optimizer.forwards == 3
+
+
+def test_gen_bound_is_not_hit_near_the_minimum():
+    weights, loss = quadratic((4.0, 4.0))
+    weights.data.fill_(0.015)
+    optimizer = peers.GeNAdamW([weights], lr=0.01)
+    optimizer.steps = 7
+    step(optimizer, loss)
+    # Adam's first step is the sign: from 0.015 the minimum is at rate 0.015.
+    assert optimizer.level == pytest.approx(0.9 * 0.01 + 0.1 * 0.015, rel=1e-4)
+
+
+def test_barzilai_borwein_finds_the_curvature():
+    weights, loss = quadratic((5.0, 5.0))
+    optimizer = peers.BarzilaiBorwein([weights], lr=0.01, period=1)
+    step(optimizer, loss)
+    assert optimizer.rate == 0.01
+    step(optimizer, loss)
+    # The gradients are a step older than the weights, and the weights shrink by 5 % a step.
+    assert optimizer.rate == pytest.approx(0.95 / 5)
+
+
+def test_synthetic_tasks_are_the_same_each_time():
+    for classes in (False, True):
+        one, two = paper.synthetic(classes), paper.synthetic(classes)
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    train, validation, model = paper.load("logistic", None)
+    batch = train.__getitems__([0, 5])
+    assert batch["inputs"].shape == (2, 50) and len(validation) == 1000
+    assert model()(**batch)["loss"].item() == pytest.approx(math.log(2), abs=0.5)
