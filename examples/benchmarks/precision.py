@@ -2,12 +2,17 @@
 
 ::
 
-    python examples/benchmarks/precision.py --model NAME_OR_FOLDER --data CSV_WITH_TEXT_AND_LABEL --steps 60
+    python examples/benchmarks/precision.py --model NAME_OR_FOLDER --data CSV_WITH_TEXT_AND_LABEL --steps 120
 
-The model trains in float32 with LQA. At every probe the same three places on the same line are evaluated again in
-float64, under bfloat16 autocast, and with the weights themselves in bfloat16 (moved and rounded as training would).
-Dropout is off. A row says how many fits were accepted, and the share of those whose slope or curvature has another
-sign than float64's.
+The model trains in float32 with LQA. At every probe the same three places on the same line are evaluated in float64
+and in each precision: plainly in float32, under autocast, and with the weights themselves in bfloat16 (moved and
+rounded as training would; float64 then starts from the rounded weights, too). Each precision has its own probe radius,
+which grows while its fits are below its noise. Dropout is off.
+
+A row says how far its radius was from the default (median), the error of the second difference of its losses in units
+of its machine epsilon (root of the mean square, relative to the loss), what its fits came to, and of the accepted ones
+the share whose slope or curvature has another sign than float64's; in brackets that share among all fits that have a
+minimum, if none were thrown out for noise.
 """
 
 from __future__ import annotations
@@ -15,47 +20,107 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import math
 import random
-from collections import Counter
+import statistics
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lqa import LQA, Fit, ReplayedLoss, fit_losses
+from hf_lqa import LQA, Fit, ReplayedLoss, Verdict, fit_losses
 from hf_lqa.direction import Direction
+from hf_lqa.policy import PaperPolicy
+from hf_lqa.replay import rounding_error
 
-#: name -> (type of the weights, whether under bfloat16 autocast)
-PRECISIONS = {
-    "fp64": (torch.float64, False),
-    "fp32": (torch.float32, False),
-    "bf16 autocast": (torch.float32, True),
-    "pure bf16": (torch.bfloat16, False),
+#: name -> (type of the weights, type of autocast)
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "fp32": (torch.float32, None),
+    "fp16 autocast": (torch.float32, torch.float16),
+    "bf16 autocast": (torch.float32, torch.bfloat16),
+    "pure bf16": (torch.bfloat16, None),
 }
 
+Losses = tuple[float, float, float]
 
-def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor], line: tuple, autocast: bool) -> list[float]:
+
+def losses(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    line: tuple[list[torch.Tensor], list[torch.Tensor]],
+    radius: float,
+    autocast: torch.dtype | None = None,
+) -> Losses:
     """The loss at -radius, 0 and radius, in the precision of `model`, whose weights are left at the origin."""
-    origin, direction, radius = line
     found = []
-    params = list(model.parameters())
     for alpha in (-radius, radius, 0.0):
-        for p, o, d in zip(params, origin, direction, strict=True):
-            p.copy_(o)
+        for p, origin, direction in zip(model.parameters(), *line, strict=True):
+            p.copy_(origin)
             if alpha:
-                p.add_(d.to(p.dtype), alpha=alpha)
-        with torch.autocast(params[0].device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+                p.add_(direction.to(p.dtype), alpha=alpha)
+        kind = next(model.parameters()).device.type
+        with torch.autocast(kind, autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False):
             found.append(float(model(**batch).loss))
-    return [found[0], found[2], found[1]]
+    return found[0], found[2], found[1]
+
+
+class Row:
+    """The fits in one precision, each beside float64's, and the policy that chooses their radius."""
+
+    def __init__(self, weights: torch.dtype, autocast: torch.dtype | None, model: torch.nn.Module):
+        self.autocast = autocast
+        self.model = copy.deepcopy(model).to(weights)
+        self.policy = PaperPolicy()
+        self.noise = rounding_error(self.model, autocast)
+        self.eps = torch.finfo(autocast or weights).eps
+        self.fits: list[tuple[Fit, Fit, Fit]] = []
+        self.scales: list[float] = []
+        self.errors: list[float] = []
+
+    def probe(
+        self,
+        batch: dict[str, torch.Tensor],
+        line: tuple[list[torch.Tensor], list[torch.Tensor]],
+        radius_from: tuple[float, float],
+        exact_model: torch.nn.Module,
+    ) -> None:
+        origin, direction = line
+        line = [o.to(p.dtype).to(o.dtype) for o, p in zip(origin, self.model.parameters(), strict=True)], direction
+        radius = self.policy.radius(*radius_from)
+        if radius is None:
+            return
+        own = losses(self.model, batch, line, radius, self.autocast)
+        exact = losses(exact_model, batch, line, radius)
+        fit = fit_losses(*own, radius, noise=self.noise * abs(own[1]))
+        self.fits.append((fit, fit_losses(*own, radius), fit_losses(*exact, radius)))
+        self.scales.append(self.policy.radius_scale)
+        error = sum(weight * (a - b) for weight, a, b in zip((1, -2, 1), own, exact, strict=True))
+        self.errors.append((error / exact[1] / self.eps) ** 2)
+        self.policy.observe_probe(fit, radius)
+
+    def line(self) -> str:
+        accepted = [(fit, exact) for fit, _, exact in self.fits if fit.verdict.usable]
+        unfiltered = [(fit, exact) for _, fit, exact in self.fits if fit.verdict.usable]
+
+        def wrong(fits: list[tuple[Fit, Fit]]) -> tuple[str, str]:
+            slope = sum(exact.slope >= 0 for _, exact in fits)
+            curvature = sum(exact.curvature <= 0 for _, exact in fits)
+            return f"{slope / max(len(fits), 1):.1%}", f"{curvature / max(len(fits), 1):.1%}"
+
+        slopes, curvatures = zip(wrong(accepted), wrong(unfiltered), strict=True)
+        counts = [len(self.fits), len(accepted), sum(f.verdict is Verdict.BELOW_NOISE for f, _, _ in self.fits)]
+        error = math.sqrt(statistics.fmean(self.errors))
+        cells = [f"{statistics.median(self.scales):g}", f"{error:.2g}", *counts]
+        return " | ".join(map(str, [*cells, f"{slopes[0]} ({slopes[1]})", f"{curvatures[0]} ({curvatures[1]})"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name on the hub or folder")
     parser.add_argument("--data", required=True, help="a CSV file with the columns text and label")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--every", type=int, default=2, help="compare at every so many steps")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=24)
+    parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -67,9 +132,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names)).to(device).eval()
-    copies = {name: copy.deepcopy(model).to(dtype) for name, (dtype, _) in PRECISIONS.items()}
+    exact_model = copy.deepcopy(model).double()
+    rows = {name: Row(*kinds, model) for name, kinds in PRECISIONS.items()}
     optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))
-    fits: dict[str, list[Fit]] = {name: [] for name in PRECISIONS}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
+    optimizer.policy.plan(options.steps)
 
     for step in range(options.steps):
         part = [table[(step * options.batch_size + i) % len(table)] for i in range(options.batch_size)]
@@ -80,34 +147,23 @@ def main() -> None:
         optimizer.zero_grad()
         closure.record(lambda batch=batch: model(**batch).loss).backward()
         if step % options.every == 0:
-            params = [p for p in model.parameters() if p.grad is not None]
-            direction = Direction(optimizer.base, [1.0] * len(optimizer.param_groups))
-            radius = optimizer.policy.radius(float(closure.loss), float(direction.slope()))
-            if radius is not None:
-                at = {id(p): i for i, p in enumerate(params)}
-                zero = torch.zeros((), device=device)
-                along = [
-                    direction.unit * direction.tensors[at[id(p)]] if id(p) in at else zero for p in model.parameters()
-                ]
-                line = ([p.detach() for p in model.parameters()], along, radius)
-                with torch.no_grad():
-                    for name, (dtype, autocast) in PRECISIONS.items():
-                        found = losses(copies[name], batch, line, autocast)
-                        eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
-                        noise = 0.0 if name == "fp64" else eps * abs(found[1])
-                        fits[name].append(fit_losses(*found, radius, noise=noise))
+            with torch.no_grad():
+                moved = [p for p in model.parameters() if p.grad is not None]
+                direction = Direction(optimizer.base, [1.0] * len(optimizer.param_groups))
+                along = {p: direction.unit * d for p, d in zip(moved, direction.tensors, strict=True)}
+                line = (
+                    [p.detach() for p in model.parameters()],
+                    [along.get(p, torch.zeros_like(p)) for p in model.parameters()],
+                )
+                for row in rows.values():
+                    row.probe(batch, line, (float(closure.loss), float(direction.slope())), exact_model)
         optimizer.step(closure)
+        schedule.step()
 
-    print("| precision | probes | accepted | below noise | wrong slope | wrong curvature |\n|---|---|---|---|---|---|")
-    for name, own in fits.items():
-        verdicts = Counter(str(fit.verdict) for fit in own)
-        accepted = [(fit, exact) for fit, exact in zip(own, fits["fp64"], strict=True) if fit.verdict.usable]
-        slope = sum(exact.slope >= 0 for _, exact in accepted) / max(len(accepted), 1)
-        curvature = sum(exact.curvature <= 0 for _, exact in accepted) / max(len(accepted), 1)
-        print(
-            f"| {name} | {len(own)} | {len(accepted)} | {verdicts['below_noise']} | {slope:.1%} | {curvature:.1%} |",
-            flush=True,
-        )
+    print("| precision | radius | error / eps | probes | accepted | below noise | wrong slope | wrong curvature |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row.line()} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def draw_paper(chosen: list[Table], path: Path) -> None:
     figure, axes = _figure(2 if len(tables) > 1 else 1, columns)
     for ax in axes.flat[len(tables) :]:
         ax.axis("off")
-    names = {"lqa_paper": "the paper's rule", "sgd": "best constant rate", "bb": "Barzilai–Borwein"}
+    names = {"lqa_paper": "the paper's rule", "sgd": "best constant rate", "bb": "Barzilai-Borwein"}
     for ax, table in zip(axes.flat, tables, strict=False):
         if table.task in PAPER:
             methods = paper_methods(table)
@@ -474,8 +474,8 @@ def report(runs: list[Run], folder: Path) -> str:
         f" fp32, {newest['machine']}; torch {newest['torch']}, transformers {newest.get('transformers', '5')}."
         " ± is the standard error over seeds. What was not run, and why: [NOTES.md](NOTES.md).",
         "## `lqa` against the best of AdamW's sweep",
-        "The best of AdamW's rates, half a decade apart, 6 % warm-up, linear decay, by mean loss over the seeds that both"
-        " have. A ratio below 1: `lqa` is better. Metric: accuracy, minus the mean squared error, or minus the loss"
+        "The best of AdamW's rates, half a decade apart, 6 % warm-up, linear decay, by mean loss over the seeds that"
+        " both have. A ratio below 1: `lqa` is better. Metric: accuracy, minus the mean squared error, or minus the loss"
         " (language models).",
         "\n".join([HEAD, *(row for table in chosen if (row := against_sweep(table, "lqa")))]),
     ]
