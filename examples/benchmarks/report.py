@@ -475,8 +475,8 @@ def report(runs: list[Run], folder: Path) -> str:
         " ± is the standard error over seeds. What was not run, and why: [NOTES.md](NOTES.md).",
         "## `lqa` against the best of AdamW's sweep",
         "The best of AdamW's rates, half a decade apart, 6 % warm-up, linear decay, by mean loss over the seeds that"
-        " both have. A ratio below 1: `lqa` is better. Metric: accuracy, minus the mean squared error, or minus the loss"
-        " (language models).",
+        " both have. A ratio below 1: `lqa` is better. Metric: accuracy, minus the mean squared error, or minus the"
+        " loss (language models).",
         "\n".join([HEAD, *(row for table in chosen if (row := against_sweep(table, "lqa")))]),
     ]
     parts += [
