@@ -1,17 +1,18 @@
 """The line along which the loss is probed: an origin, a direction, and exact moves between them.
 
 The direction is what the base optimizer would do at unit learning rate. It is found by a *rehearsal*: the base
-optimizer steps on copies of its state and the difference of the weights is kept; then weights and state are put back.
-So the base optimizer itself advances exactly once per training step, after the step size is known, and a probe that
-fails has nothing to undo.
+optimizer steps on copies of its state, a part of the weights at a time, and what it does to them is kept. So the base
+optimizer itself advances exactly once per training step, after the step size is known, and a probe that fails has
+nothing to undo.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,20 @@ from torch import Tensor
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory.
 REHEARSAL_SHARE = 1 / 16
 
+_T = TypeVar("_T")
+
 _HALF = (torch.float16, torch.bfloat16)
 #: Elements of a temporary that a CPU's cache holds.
 _PIECE = 2**16
+#: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
+_REHEARSAL_PIECE = 2**19
+
+#: Optimizers whose update of an element depends on that element's gradient and state, and through nothing but weight
+#: decay on its weight.
+_ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+)
 
 
 def full(scalar: Tensor) -> Tensor:
@@ -112,18 +124,21 @@ def _total(tensors: list[Tensor], products: list[Tensor]) -> Tensor:
     return total
 
 
-def _rehearsal_chunks(params: list[Tensor]) -> Iterator[list[int]]:
-    """Indices into `params`, in runs that hold at most `REHEARSAL_SHARE` of all elements (but at least one tensor)."""
-    limit = REHEARSAL_SHARE * sum(p.numel() for p in params)
-    chunk: list[int] = []
-    size = 0
-    for i, p in enumerate(params):
-        if chunk and size + p.numel() > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(i)
-        size += p.numel()
-    yield chunk
+def _runs(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
+    """`items` in runs whose sizes add up to at most `limit`, but of at least one item."""
+    run: list[_T] = []
+    total = 0
+    for item in items:
+        if run and total + size_of(item) > limit:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size_of(item)
+    yield run
+
+
+#: A parameter, and a piece of its direction, origin, gradient and state.
+_Piece = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
 
 
 def _unhooked_step(base: torch.optim.Optimizer) -> None:
@@ -162,6 +177,7 @@ class Direction:
         origin: memory for the weights' copy, a tensor like each parameter that has a gradient; allocated if not given.
     """
 
+    @torch.no_grad()
     def __init__(self, base: torch.optim.Optimizer, lr: list[float], origin: list[Tensor] | None = None):
         self.params = with_gradient(base)
         self.origin = [torch.empty_like(p, requires_grad=False) for p in self.params] if origin is None else origin
@@ -171,13 +187,25 @@ class Direction:
             self.tensors, self.unit = [p.grad.detach() for p in self.params if p.grad is not None], -lr[0]
             return
         self.tensors = [torch.empty_like(p) for p in self.origin]
+        elementwise = type(base) in _ELEMENTWISE and not any(
+            p.grad.is_sparse for p in self.params if p.grad is not None
+        )
+        if elementwise and not any(group["weight_decay"] for group in base.param_groups):
+            self._rehearse_pieces(base, lr, from_zero=True)
+            return
         scale = self._scale()
+        self.unit, lr = 1 / scale, [r * scale for r in lr]
+        if elementwise:
+            self._rehearse_pieces(base, lr, from_zero=False)
+            return
         try:
-            for chunk in _rehearsal_chunks(self.params):
-                self._rehearse(base, [r * scale for r in lr], set(chunk))
+            for run in _runs(range(len(self.params)), lambda i: self.params[i].numel(), self._share()):
+                self._rehearse(base, lr, set(run))
         finally:
             self.restore()
-        self.unit = 1 / scale
+
+    def _share(self) -> int:
+        return math.ceil(REHEARSAL_SHARE * sum(p.numel() for p in self.params))
 
     def _scale(self) -> float:
         """A power of two by which the rehearsed learning rate is enlarged.
@@ -195,6 +223,53 @@ class Direction:
         if not (math.isfinite(weights) and math.isfinite(gradient) and weights > gradient > 0):
             return 1.0
         return 2.0 ** min(math.ceil(math.log2(weights / gradient)), 30)
+
+    def _rehearse_pieces(self, base: torch.optim.Optimizer, lr: list[float], from_zero: bool) -> None:
+        """Step `base` on pieces of the direction's own memory in place of its parameters.
+
+        They begin at the weights or, where those do not matter, at zero, where nothing is rounded away.
+        """
+        kept = dict(vars(base))
+        group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
+        on_cpu = all(p.device.type == "cpu" for p in self.params)
+        limit = _REHEARSAL_PIECE if on_cpu else self._share()
+        try:
+            for batch in _runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
+                groups: list[dict[str, Any]] = [
+                    {**g, "lr": like(g["lr"], r), "params": []} for g, r in zip(kept["param_groups"], lr, strict=True)
+                ]
+                base.param_groups, base.state = groups, defaultdict(dict)
+                for p, piece, start, grad, state in batch:
+                    piece.zero_() if from_zero else piece.copy_(start)
+                    piece.grad = grad
+                    groups[group_of[p]]["params"].append(piece)
+                    if state:
+                        base.state[piece] = {k: _copy_state(v) for k, v in state.items()}
+                _unhooked_step(base)
+                if not from_zero:
+                    for _, piece, start, _, _ in batch:
+                        piece.sub_(start)
+        finally:
+            vars(base).clear()
+            vars(base).update(kept)
+
+    def _pieces(self, states: dict[Tensor, dict[str, Any]], limit: int) -> Iterator[_Piece]:
+        """Each parameter with the pieces of its direction, origin, gradient and state, of at most `limit` elements.
+
+        What is not contiguous is not cut.
+        """
+        for p, target, start in zip(self.params, local(self.tensors), local(self.origin), strict=True):
+            assert p.grad is not None
+            (grad,) = local([p.grad.detach()])
+            state = {k: local([v])[0] if isinstance(v, Tensor) else v for k, v in states.get(p, {}).items()}
+            whole = {"target": target, "start": start, "grad": grad}
+            whole |= {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == target.shape}
+            size = limit if target.dim() and all(t.is_contiguous() for t in whole.values()) else max(target.numel(), 1)
+            for begin in range(0, max(target.numel(), 1), size):
+                cut = (
+                    whole if size >= target.numel() else {k: v.view(-1)[begin : begin + size] for k, v in whole.items()}
+                )
+                yield p, cut["target"].detach(), cut["start"], cut["grad"], {k: cut.get(k, v) for k, v in state.items()}
 
     def _rehearse(self, base: torch.optim.Optimizer, lr: list[float], chunk: set[int]) -> None:
         """Step `base` on the parameters of `chunk` alone, keep the difference, put the optimizer back."""

@@ -155,7 +155,9 @@ class CrossBatchPolicy(PaperPolicy):
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
-    Probes are dense at the start and rare later: at steps 0, 1, 2, 4, 8, ... and every `probe_interval`. They give the
+    As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
+
+    Probes are dense at the start and rare later: at steps 0, 4, 16, 64, ... and every `probe_interval`. They give the
     first level; later ones are measurements, which the level does not depend on.
 
     Args:
@@ -169,8 +171,8 @@ class CrossBatchPolicy(PaperPolicy):
     _MAX_Z: ClassVar[float] = 2.0
     _FADING: ClassVar[int] = 4
     _BURN_IN: ClassVar[int] = 12
-    #: After so many steps every fourth is observed: by then one observation moves the level by 3 % at most.
-    _DENSE: ClassVar[int] = 100
+    #: Observations at each distance between them.
+    _DENSE: ClassVar[int] = 16
 
     tau: float | None = None  # type: ignore[assignment]
     probe_interval: int = 100
@@ -196,15 +198,21 @@ class CrossBatchPolicy(PaperPolicy):
             self.warmup = max(3, min(12, round(0.06 * total_steps)))
 
     def cadence(self) -> str:
-        return f"probes at steps 1, 2, 3, 5, 9, 17, ... and every {self.probe_interval}"
+        return f"probes at steps 1, 5, 17, 65, ... and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
         if self.step_size is None or step % self.probe_interval == 0:
             return True
-        return step < self.probe_interval and step & (step - 1) == 0
+        # Powers of 4: a single bit, at an even place.
+        return step < self.probe_interval and step & (step - 1) == 0 and step.bit_length() % 2 == 1 and step > 1
 
     def wants_end_slope(self, step: int) -> bool:
-        return step >= self._observe_from - 1 and (step < self._DENSE or step % 4 == 0)
+        since = step - (self._observe_from - 1)
+        if since < 0:
+            return False
+        # Distances 1 to n - 1 take 16 (1 + 2 + ... + (n - 1)) steps.
+        distance = int((1 + math.sqrt(1 + 8 * since / self._DENSE)) / 2)
+        return step % distance == 0
 
     def factor(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0

@@ -1,0 +1,114 @@
+"""The direction is the base optimizer's own update at unit learning rate, however it was found."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lqa import direction
+from hf_lqa.direction import Direction, Snapshot, dot
+
+BASES = {
+    **{f"{b.__name__}, decay {wd}": (b, {"weight_decay": wd}) for b in direction._ELEMENTWISE for wd in (0.0, 0.1)},
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "maximize": (torch.optim.SGD, {"maximize": True}),
+    "fused": (torch.optim.AdamW, {"fused": True}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "centered": (torch.optim.RMSprop, {"centered": True, "momentum": 0.5}),
+    "unknown, so rehearsed on whole tensors": (type("Custom", (torch.optim.AdamW,), {}), {}),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).double()
+    net[0].weight.data = net[0].weight.data.contiguous(memory_format=torch.channels_last)
+    net.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.double))
+    net.unused = nn.Parameter(torch.zeros(3, dtype=torch.double))
+    return net
+
+
+def started(base, options, steps=3):
+    net = network()
+    groups = [
+        {"params": list(net[0].parameters()), "lr": 0.5},
+        {"params": [*net[2].parameters(), net.scale, net.unused]},
+    ]
+    optimizer = base(groups, lr=1.0, **options)
+    for step in range(steps + 1):
+        optimizer.zero_grad()
+        (net.scale * net(torch.randn(8, 3, 8, 8, dtype=torch.double)).square().mean()).backward()
+        for group, rate in zip(optimizer.param_groups, (1e-3, 2e-3), strict=True):
+            group["lr"] = rate
+        if step < steps:
+            optimizer.step()
+    return net, optimizer
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", BASES)
+def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypatch):
+    monkeypatch.setattr(direction, "_REHEARSAL_PIECE", 50)  # some tensors are cut, some go together
+    base, options = BASES[name]
+    net, optimizer = started(base, options, steps)
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict(), [p.grad for p in net.parameters()]))
+    state, groups = optimizer.state, optimizer.param_groups
+    found = Direction(optimizer, [1.0, 2.0])
+    assert optimizer.state is state and optimizer.param_groups is groups
+    after = (net.state_dict(), optimizer.state_dict(), [p.grad for p in net.parameters()])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+    slope = sum((p.grad * d * found.unit).sum() for p, d in zip(found.params, found.tensors, strict=True))
+    torch.testing.assert_close(found.slope(), slope)
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 1.0, 2.0
+    optimizer.step()
+    assert len(found.params) == 5
+    for p, origin, d in zip(found.params, found.origin, found.tensors, strict=True):
+        torch.testing.assert_close(d * found.unit, p.detach() - origin, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_descent_takes_no_second_copy():
+    _, optimizer = started(torch.optim.SGD, {})
+    found = Direction(optimizer, [1.0, 1.0])
+    assert all(d.data_ptr() == p.grad.data_ptr() for d, p in zip(found.tensors, found.params, strict=True))
+
+
+def test_a_base_that_fails_in_a_piece_is_put_back(monkeypatch):
+    monkeypatch.setattr(direction, "_REHEARSAL_PIECE", 50)
+    net, optimizer = started(torch.optim.AdamW, {})
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    calls, own = [], torch.optim.AdamW.step
+
+    def fails(self, closure=None):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("kernel")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fails)
+    with pytest.raises(RuntimeError, match="kernel"):
+        Direction(optimizer, [1.0, 1.0])
+    monkeypatch.setattr(torch.optim.AdamW, "step", own)
+    torch.testing.assert_close((net.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
+    optimizer.step()
+
+
+def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
+    weights = [nn.Parameter(torch.full((200_000,), 3.0))]
+    snapshot = Snapshot(weights)
+    snapshot.take()
+    with torch.no_grad():
+        weights[0].sub_(1e-5)
+    move = weights[0].detach()[0].double() - 3
+    weights[0].grad = torch.ones_like(weights[0])
+    assert float(snapshot.slope()) == pytest.approx(float(move) * 200_000, rel=1e-5)
+    weights[0].grad = None
+    assert float(snapshot.slope()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_are_summed_in_single(dtype):
+    a, b = torch.full((70_000,), 1.0, dtype=dtype), torch.full((70_000,), 0.5, dtype=dtype)
+    total = dot([a, a], [b, b])
+    assert total.dtype is torch.float32 and float(total) == 70_000
