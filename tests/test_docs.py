@@ -1,0 +1,200 @@
+"""Every command of the documentation is run, here or by what is named here; every link leads to a file.
+
+Sources are the Markdown files, the docstrings of the scripts in examples/, and the first lines of configs/*.yaml.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import workspace
+
+ROOT = Path(__file__).parent.parent
+MARKDOWN = [p for p in sorted(ROOT.rglob("*.md")) if not any(d[0] == "." for d in p.relative_to(ROOT).parts[:-1])]
+#: With arguments: ``python -m hf_lqa`` alone is a name.
+COMMAND = re.compile(r"(\w+=\S+ )?(python3?|accelerate launch|torchrun|pip|pytest|ruff|mypy|git|hf) (?!-m \S+$)\S")
+
+#: Commands that are run elsewhere: by which file, and the words there that run it.
+ELSEWHERE = {
+    'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[examples]" && python examples/quickstart.py': (
+        ".ci/run",
+        ".venv/bin/python examples/quickstart.py --short",
+    ),
+    'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[test]" && pytest': (
+        ".ci/run",
+        "readme test-command",
+    ),
+    'pip install -e ".[examples]"': ("pyproject.toml", 'test = ["hf-lqa[examples]"'),
+    "HF_SCRIPTS=path/to/transformers/examples/pytorch pytest tests/test_hf_scripts.py": (
+        "tests/test_hf_scripts.py",
+        'os.environ.get("HF_SCRIPTS")',
+    ),
+}
+#: Commands of examples/benchmarks/, too long for a test: what belongs to them is run in short form there.
+BENCHMARKS = re.compile(r"python examples/benchmarks/\w+\.py")
+#: Words that stand for something of the reader's, and what it is in the workspace.
+STAND_FOR = {
+    "OUTPUT_DIR": "out/mine",
+    "OTHER_DIR": "out/adamw",
+    "--optim lqa ...": "--optim lqa --output_dir out/script",
+}
+STAND_FOR |= {"SCRIPT ARGS": "my_script.py --optim lqa --output_dir out/script"}
+#: What shortens a command.
+FLAGS = {
+    "quickstart.py": "--short --disable_tqdm True --use_cpu --report_to none",
+    "parabola.py": "--cache_dir cache --step 1 --points 5 --batch_size 8 --output out/parabola.png",
+    "pytorch_loop.py": "--steps 60",
+    "accelerate_loop.py": "",
+}
+#: What comes out, as the table in examples/README.md says: a number of this name.
+METRIC = {
+    "quickstart.py": "accuracy",
+    "text_classification.py": "accuracy",
+    "configs/text_regression.yaml": "mse",
+    "causal_language_modeling.py": "perplexity",
+    "summarization.py": "rouge_l",
+    "image_classification.py": "accuracy",
+    "pytorch_loop.py": "accuracy",
+    "accelerate_loop.py": "accuracy",
+}
+MY_SCRIPT = """
+import torch
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, Trainer, TrainingArguments
+
+(training_args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+size = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+rows = [dict(input_ids=torch.randint(1, 50, (6,)), labels=torch.tensor(i % 2)) for i in range(64)]
+trainer = Trainer(BertForSequenceClassification(BertConfig(**size)), training_args, train_dataset=rows)
+trainer.train()
+trainer.save_state()
+"""
+
+
+def in_markdown(text):
+    """Lines of code blocks, and commands with arguments within sentences."""
+    blocks = re.findall(r"^```(?:bash|sh|shell)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for line in lines + re.findall(r"`([^`\n]+)`", prose) if COMMAND.match(line)]
+
+
+def in_docstring(text):
+    doc = re.match(r'"""(.*?)"""', text, re.DOTALL)
+    lines = re.sub(r"\\\\\n\s*", " ", doc[1] if doc else "").splitlines()
+    return [line.strip() for line in lines if line.startswith("    ") and COMMAND.match(line.strip())]
+
+
+def documented():
+    """Each command, and the files it is in."""
+    found = {}
+    for path in MARKDOWN:
+        for command in in_markdown(path.read_text(encoding="utf-8")):
+            found.setdefault(command, []).append(path.relative_to(ROOT))
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        for command in in_docstring(path.read_text(encoding="utf-8")):
+            found.setdefault(command, []).append(path.relative_to(ROOT))
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        command = first.removeprefix("# ").partition(",")[0]
+        assert COMMAND.match(command), f"{path}: the first line says how to use it"
+        found.setdefault(command, []).append(path.relative_to(ROOT))
+    return found
+
+
+COMMANDS = documented()
+HERE = [c for c in COMMANDS if c not in ELSEWHERE and not BENCHMARKS.match(c) and " -m hf_lqa run_" not in c]
+#: The README's three lines; those of examples/HF_SCRIPTS.md are run in test_hf_scripts.py.
+HERE += [c for c in COMMANDS if " -m hf_lqa run_" in c and c.endswith("...")]
+HERE.sort(key=lambda command: "hf_lqa.plot" in command)  # after the runs that they draw
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    for module in ("datasets", "evaluate", "matplotlib", "peft", "PIL", "trl", "yaml"):
+        pytest.importorskip(module)
+    folder = workspace.build(tmp_path_factory.mktemp("docs"))
+    for name in ("my_script.py", "run_glue.py"):
+        (folder / name).write_text(MY_SCRIPT)
+    return folder
+
+
+def shortened(command):
+    for word, meaning in STAND_FOR.items():
+        command = command.replace(word, meaning)
+    if "hf_lqa.plot" in command or ".yaml" in command.rpartition(".py")[2]:
+        return command
+    script = re.search(r"(\w+\.py)", command)[1]
+    return f"{command} {FLAGS.get(script, workspace.SHORT)}"
+
+
+def check(command, printed, folder):
+    """What came out is what the documentation says comes out."""
+    if "hf_lqa.plot" in command:
+        assert (folder / printed.strip()).read_bytes()[:4] == b"\x89PNG"
+        return
+    for name in (name for name in METRIC if name in command):
+        number = re.findall(rf"^{METRIC[name]}: (-?\d+\.\d+)", printed, re.MULTILINE)
+        assert len(number) == 1 or (name == "text_classification.py" and "regression" in command), printed
+    if "_loop.py" in command:
+        assert int(re.search(r"probe forwards: (\d+)", printed)[1]) > 0
+    elif "parabola.py" in command:
+        assert (folder / "out" / "parabola.png").is_file()
+    elif "adamw_torch" not in command:
+        assert printed.count("LQA: ") == 2, printed  # of two processes one speaks
+        output_dir = re.search(r"--output_dir (\S+)", command)
+        if "examples/" in command:
+            picture = folder / re.search(r"^plot: (.*)$", printed, re.MULTILINE)[1]
+            assert picture.read_bytes()[:4] == b"\x89PNG" and workspace.probed(picture.parent)
+        else:
+            assert workspace.probed(folder / output_dir[1])
+    if "lora" in command:
+        assert [*folder.glob("out/*/adapter_model.safetensors")]
+
+
+@pytest.mark.parametrize("command", HERE)
+def test_command(command, folder, monkeypatch, capsys):
+    short = shortened(command)
+    docstring_only = all(path.suffix == ".py" for path in COMMANDS[command])
+    if not (docstring_only and short.startswith("python examples/")):
+        printed = workspace.run(folder, short)
+    else:  # in this process, which has imported what takes long
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("HOME", str(folder))
+        monkeypatch.setattr(sys, "argv", shlex.split(short)[1:])
+        monkeypatch.syspath_prepend(str(ROOT / "examples"))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        printed = capsys.readouterr().out
+    check(short, printed, folder)
+
+
+def test_what_is_run_elsewhere_is_run_there():
+    for command, (file, words) in ELSEWHERE.items():
+        assert command in COMMANDS, f"no longer documented: {command}"
+        if (ROOT / file).is_file():  # .ci/ is no part of a source distribution
+            assert words in (ROOT / file).read_text(encoding="utf-8"), command
+
+
+def test_arguments_of_benchmarks_exist():
+    for command in filter(BENCHMARKS.match, COMMANDS):
+        script, *argv = shlex.split(command)[1:]
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for flag in (word for word in argv if word.startswith("--")):
+            assert f'"{flag}"' in source, command
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_files(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http", "#")):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+    for named in re.findall(r"(?<![\w/.-])((?:examples|configs|tests|hf_lqa)/[\w./-]*\w)", text):
+        # Examples may call a file of their own by what follows their folder.
+        assert (ROOT / named).exists(), named
+    for key in re.findall(r"`(hf_lqa\.\w+)`", text):
+        import hf_lqa
+
+        assert hasattr(hf_lqa, key.removeprefix("hf_lqa.")), key
