@@ -101,6 +101,15 @@ def rounding_error(model: nn.Module, autocast: torch.dtype | None) -> float:
     return max([*errors, of(autocast, _HALF)] if autocast is not None else errors)
 
 
+def autocast_inside(model: nn.Module) -> torch.dtype | None:
+    """What Accelerate casts to within the forward of a model that it has prepared; no context outside shows it."""
+    # No import: where nobody has imported it, nobody has prepared a model.
+    state = sys.modules.get("accelerate.state")
+    if state is None or not any(hasattr(module, "_original_forward") for module in model.modules()):
+        return None
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(state.AcceleratorState().mixed_precision)
+
+
 class ReplayedLoss:
     """The loss of one training step, as a closure for `LQA.step` that replays it without gradient.
 
@@ -159,7 +168,7 @@ class ReplayedLoss:
         self._micro_batches.append((compute, surroundings))
         value = self._weighted(loss)
         self.loss = value if self.loss is None else self.loss + value
-        autocast = surroundings.autocast_dtype if surroundings.autocast else None
+        autocast = surroundings.autocast_dtype if surroundings.autocast else autocast_inside(self.model)
         self.relative_noise = max(self.relative_noise, rounding_error(self.model, autocast))
 
     def _weighted(self, loss: Tensor) -> Tensor:

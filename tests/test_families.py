@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import Recorder, tiny_bert, tiny_llama
+from common import Recorder, assert_same_weights, tiny_bert, tiny_llama, weights
 from test_setups import PAPER, Replays
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -117,7 +117,7 @@ def sft(folder, options):
         pass
 
     kind = LQASFTTrainer if options["optim"].startswith("lqa") else trl.SFTTrainer
-    args = trl.SFTConfig(str(folder), **COMMON, **options, max_length=16, gradient_checkpointing=False)
+    args = trl.SFTConfig(str(folder), **{**COMMON, **options}, max_length=16, gradient_checkpointing=False)
     data = dataset([{"text": sentence(i, 4 + i % 5)} for i in range(32)])
     return kind(tiny_llama(), args, train_dataset=data, processing_class=tokenizer())
 
@@ -129,7 +129,7 @@ def dpo(folder, options):
         pass
 
     kind = LQADPOTrainer if options["optim"].startswith("lqa") else trl.DPOTrainer
-    args = trl.DPOConfig(str(folder), **COMMON, **options, max_length=16, gradient_checkpointing=False)
+    args = trl.DPOConfig(str(folder), **{**COMMON, **options}, max_length=16, gradient_checkpointing=False)
     data = dataset(
         [{"prompt": sentence(i, 3), "chosen": sentence(i + 1, 3), "rejected": sentence(i + 2, 4)} for i in range(32)]
     )
@@ -143,7 +143,7 @@ def reward(folder, options):
         pass
 
     kind = LQARewardTrainer if options["optim"].startswith("lqa") else trl.RewardTrainer
-    args = trl.RewardConfig(str(folder), **COMMON, **options, max_length=16, gradient_checkpointing=False)
+    args = trl.RewardConfig(str(folder), **{**COMMON, **options}, max_length=16, gradient_checkpointing=False)
     data = dataset([{"chosen": sentence(i, 4), "rejected": sentence(i + 2, 3 + i % 3)} for i in range(32)])
     torch.manual_seed(0)
     config = LlamaConfig(**{**tiny_llama().config.to_dict(), "num_labels": 1})
@@ -168,7 +168,7 @@ def test_trls_metrics_do_not_count_probes(make, names, tmp_path):
         assert first[0][key] == pytest.approx(first[1][key], rel=1e-6), key
 
 
-def test_sentence_transformers_trainer(tmp_path):
+def sentences(folder, options):
     st = pytest.importorskip("sentence_transformers")
     try:
         from sentence_transformers.sentence_transformer import losses, modules
@@ -179,16 +179,37 @@ def test_sentence_transformers_trainer(tmp_path):
     class LQASentenceTrainer(hf_lqa.LQATrainerMixin, st.SentenceTransformerTrainer):
         pass
 
-    tiny_bert(dropout=0.1).bert.save_pretrained(tmp_path / "bert")
-    tokenizer().save_pretrained(tmp_path / "bert")
-    word = modules.Transformer(str(tmp_path / "bert"), max_seq_length=16)
+    tiny_bert(dropout=0.1).bert.save_pretrained(folder / "bert")
+    tokenizer().save_pretrained(folder / "bert")
+    word = modules.Transformer(str(folder / "bert"), max_seq_length=16)
     model = st.SentenceTransformer(modules=[word, modules.Pooling(16)], device="cpu")
-    args = st.SentenceTransformerTrainingArguments(str(tmp_path / "run"), **COMMON, **OFTEN)
+    args = st.SentenceTransformerTrainingArguments(str(folder / "run"), **{**COMMON, **options})
     data = dataset([{"anchor": sentence(i, 4), "positive": sentence(i, 3)} for i in range(32)])
-    trainer = LQASentenceTrainer(model, args, train_dataset=data, loss=losses.MultipleNegativesRankingLoss(model))
-    recorder, replays = Recorder(trainer), Replays(trainer)
-    trainer.train()
-    check(trainer, recorder, replays)
+    return LQASentenceTrainer(model, args, train_dataset=data, loss=losses.MultipleNegativesRankingLoss(model))
+
+
+def test_sentence_transformers_trainer(tmp_path):
+    trained(sentences, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "subfolder"),
+    [(sft, ""), (dpo, ""), (reward, ""), (sentences, "run")],
+    ids=["SFT", "DPO", "Reward", "sentence-transformers"],
+)
+def test_families_resume(make, subfolder, tmp_path):
+    """As if never interrupted; but TRL counts tokens from 0 again, with any optimizer."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "optim": "lqa", "optim_args": "probe_interval=2,warmup=0"}
+    found = []
+    for name in ("straight", "resumed"):
+        trainer = make(tmp_path / name, saving)
+        checkpoint = tmp_path / "straight" / subfolder / "checkpoint-2"
+        trainer.train(resume_from_checkpoint=str(checkpoint) if name == "resumed" else None)
+        logs = [{k: v for k, v in e.items() if k != "num_tokens"} for e in trainer.state.log_history if "loss" in e]
+        found.append((trainer, logs))
+    (straight, logs), (resumed, again) = found
+    assert_same_weights(weights(straight.model), weights(resumed.model))
+    assert logs == again and len({e["learning_rate"] for e in logs}) > 1
 
 
 def test_grpo_generates_once_per_step(tmp_path):

@@ -3,7 +3,11 @@
 import copy
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +274,33 @@ def test_micro_batches_of_an_interrupted_step_are_forgotten(tmp_path):
     reference = trained(tmp_path / "reference", tiny_bert(dropout=0.0), **settings)
     assert trainer.lqa.last_probe == reference.lqa.last_probe
     assert_same_weights(weights(trainer.model), weights(reference.model))
+
+
+KILLED = """
+import os, sys
+import torch
+from common import tiny_bert, trained
+from hf_lqa import LQA
+torch.set_num_threads(1)
+advance = LQA._advance
+
+def die(self, *args, **kwargs):
+    if self.counts["steps"] == 4 and self.counts["probe_forwards"] > 4:
+        os._exit(9)  # the probe of the fifth step is done, the step is not
+    advance(self, *args, **kwargs)
+
+LQA._advance = die
+trained(sys.argv[1], save_strategy="steps", save_steps=3, max_steps=6, optim_args="probe_interval=2,warmup=0")
+"""
+
+
+def test_a_process_that_is_killed_between_probe_and_step_resumes(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "optim_args": "probe_interval=2,warmup=0"}
+    straight = trained(tmp_path / "straight", **settings)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode == 9
+    checkpoint = tmp_path / "killed" / "checkpoint-3"
+    resumed = trained(tmp_path / "killed", resume_from_checkpoint=str(checkpoint), **settings)
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+    assert resumed.lqa.counts == straight.lqa.counts

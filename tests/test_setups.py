@@ -23,6 +23,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Train
 
 import hf_lqa
 from hf_lqa import LQA, ReplayedLoss
+from hf_lqa.replay import rounding_error
 
 #: Small radii, so that the difference quotient is close to the derivative; a probe at every step.
 EVERY = "probe_interval=1,tau=0.002"
@@ -211,6 +212,32 @@ def test_bf16_weights(tmp_path):
     assert all(a == b for a, b in replays.pairs)
     assert all(torch.isfinite(p).all() and p.dtype == torch.bfloat16 for p in trainer.model.parameters())
     assert recorder.steps[0]["losses"][0] != recorder.steps[0]["losses"][2]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moved", "autocast", "expected"),
+    [
+        (torch.float32, torch.float32, None, 2 * 2.0**-23),
+        (torch.float64, torch.float64, None, 2 * 2.0**-52),
+        (torch.float32, torch.float32, torch.bfloat16, 2.0**-7 / 4),
+        (torch.float32, torch.float32, torch.float16, 2.0**-10 / 4),
+        (torch.bfloat16, torch.float32, None, 2.0**-7 / 4),  # adapters in float32 on a model in bfloat16
+        (torch.bfloat16, torch.bfloat16, None, 2.0**-7 / 2),
+    ],
+)
+def test_the_rounding_error_is_the_precisions(frozen, moved, autocast, expected):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].to(frozen).requires_grad_(False)
+    model[1].to(moved)
+    assert rounding_error(model, autocast) == expected
+
+
+def test_below_the_noise_the_radius_grows(tmp_path):
+    # So short a probe that bfloat16 sees next to no difference.
+    settings = {"optim_args": "base=adamw_torch,tau=1e-5", "max_steps": 4, "bf16": True}
+    trainer, recorder, _ = run(tmp_path, tiny_bert(dropout=0.0), lr_scheduler_type="constant", **settings)
+    assert trainer.lqa.counts["below_noise"] == 4
+    assert trainer.lqa.policy.radius_scale == 16 and recorder.steps[3]["radius"] > 2 * recorder.steps[0]["radius"]
 
 
 class HoldsAutocast(hf_lqa.LQATrainer):
