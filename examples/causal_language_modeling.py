@@ -63,7 +63,7 @@ def load_data(args: DataArguments) -> DatasetDict:
             if (path := getattr(args, name)) is None:
                 raise ValueError(f"--{name} is missing: give --train_file and --validation_file, or --dataset_name")
             if not os.path.isfile(path):
-                raise ValueError(f"--{name} {path}: there is no such file")
+                raise ValueError(f"--{name} {path}: there is no such file; give the path of one")
         files = {"train": args.train_file, "validation": args.validation_file}
         data = load_dataset("text", data_files=files, keep_linebreaks=True)
     for split in ("train", "validation"):
@@ -80,7 +80,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     training_args.logging_first_step = True  # for the plot, however few the steps
     set_seed(training_args.seed)
     data = load_data(data_args)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path}: neither a folder nor a name on the hub that"
+            " could be reached"
+        ) from error
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path)
 
     def blocks(rows: dict[str, list]) -> dict[str, list]:

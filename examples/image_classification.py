@@ -102,7 +102,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
     if model_args.model_name_or_path is not None:
-        processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
+        try:
+            processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
+        except OSError as error:
+            raise ValueError(
+                f"--model_name_or_path {model_args.model_name_or_path}: neither a folder nor a name on the hub that"
+                " could be reached"
+            ) from error
         model = AutoModelForImageClassification.from_pretrained(
             model_args.model_name_or_path, num_labels=len(names), ignore_mismatched_sizes=True, **labels
         )

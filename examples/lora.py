@@ -50,7 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     if not os.path.isfile(args.train_file):
         raise ValueError(f"--train_file {args.train_file}: there is no such file")
     set_seed(training_args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"--model_name_or_path {args.model_name_or_path}: neither a folder nor a name on the hub that"
+            " could be reached"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)

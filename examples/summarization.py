@@ -72,7 +72,7 @@ def load_data(args: DataArguments) -> DatasetDict:
             if (path := getattr(args, name)) is None:
                 raise ValueError(f"--{name} is missing: give --train_file and --validation_file, or --dataset_name")
             if not os.path.isfile(path):
-                raise ValueError(f"--{name} {path}: there is no such file")
+                raise ValueError(f"--{name} {path}: there is no such file; give the path of one")
         kind = "csv" if args.train_file.endswith(".csv") else "json"
         data = load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
     for split in ("train", "validation"):
@@ -95,7 +95,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
         if limit is not None and limit < len(data[split]):
             data[split] = data[split].select(range(limit))
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path}: neither a folder nor a name on the hub that"
+            " could be reached"
+        ) from error
     model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path)
 
     def encode(rows: dict[str, list]) -> dict[str, list]:

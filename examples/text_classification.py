@@ -81,7 +81,7 @@ def load_data(args: DataArguments) -> DatasetDict:
         if (path := getattr(args, name)) is None:
             raise ValueError(f"--{name} is missing: give --train_file and --validation_file, or --dataset_name")
         if not os.path.isfile(path):
-            raise ValueError(f"--{name} {path}: there is no such file")
+            raise ValueError(f"--{name} {path}: there is no such file; give the path of one")
     kind = "csv" if args.train_file.endswith(".csv") else "json"
     return load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
 
@@ -153,7 +153,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if limit is not None and limit < len(data[split]):
             data[split] = data[split].shuffle(seed=0).select(range(limit))
 
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path}: neither a folder nor a name on the hub that"
+            " could be reached"
+        ) from error
     model = AutoModelForSequenceClassification.from_pretrained(
         model_args.model_name_or_path,
         num_labels=len(classes),

@@ -216,6 +216,11 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
     sizes = sorted(abs(v) for v in values if v and math.isfinite(v))
     smallest = 10.0 ** math.floor(math.log10(sizes[len(sizes) // 10])) if sizes else 1.0
     curvature.set_yscale("symlog", linthresh=smallest, linscale=0.8)
+    if sizes:  # a few powers of ten on either side: all of them, and those next to 0, would overlap
+        low, high = round(math.log10(smallest)), math.ceil(math.log10(sizes[-1]))
+        powers = [10.0**k for k in range(high, low, -max(1, math.ceil((high - low) / 3)))] or [smallest]
+        signs = [sign for sign in (-1, 1) if any(sign * v > 0 for v in values)]
+        curvature.set_yticks([0.0, *(sign * power for sign in signs for power in powers)])
     curvature.axhline(0, color="0.6", linewidth=0.8)
     curvature.set_ylabel("curvature\n(loss / learning rate²)")
 

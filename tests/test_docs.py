@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import workspace
 
+import hf_lqa.plot
+
 ROOT = Path(__file__).parent.parent
 MARKDOWN = [p for p in sorted(ROOT.rglob("*.md")) if not any(d[0] == "." for d in p.relative_to(ROOT).parts[:-1])]
 #: With arguments: ``python -m hf_lqa`` alone is a name.
@@ -28,13 +30,14 @@ ELSEWHERE = {
         "readme test-command",
     ),
     'pip install -e ".[examples]"': ("pyproject.toml", 'test = ["hf-lqa[examples]"'),
+    "python -m pytest tests/test_setups.py -k NAME": (".ci/run", "readme test-command"),
     "HF_SCRIPTS=path/to/transformers/examples/pytorch pytest tests/test_hf_scripts.py": (
         "tests/test_hf_scripts.py",
         'os.environ.get("HF_SCRIPTS")',
     ),
 }
-#: Commands of examples/benchmarks/, too long for a test: what belongs to them is run in short form there.
-BENCHMARKS = re.compile(r"python examples/benchmarks/\w+\.py")
+#: Measurements that take minutes to hours: that the files and their arguments exist is all that is tested here.
+BENCHMARKS = re.compile(r"python (examples/benchmarks|tests)/\w+\.py")
 #: Words that stand for something of the reader's, and what it is in the workspace.
 STAND_FOR = {
     "OUTPUT_DIR": "out/mine",
@@ -75,7 +78,8 @@ trainer.save_state()
 
 def in_markdown(text):
     """Lines of code blocks, and commands with arguments within sentences."""
-    blocks = re.findall(r"^```(?:bash|sh|shell)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if language in ("", "bash", "sh", "shell")]
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return [line for line in lines + re.findall(r"`([^`\n]+)`", prose) if COMMAND.match(line)]
@@ -158,9 +162,14 @@ def check(command, printed, folder):
 def test_command(command, folder, monkeypatch, capsys):
     short = shortened(command)
     docstring_only = all(path.suffix == ".py" for path in COMMANDS[command])
-    if not (docstring_only and short.startswith("python examples/")):
+    if not (docstring_only and short.startswith("python examples/")) and "hf_lqa.plot" not in short:
         printed = workspace.run(folder, short)
-    else:  # in this process, which has imported what takes long
+    elif "hf_lqa.plot" in short:  # in this process, which has imported what takes long
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", shlex.split(short)[2:])
+        hf_lqa.plot.main()
+        printed = capsys.readouterr().out
+    else:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("HOME", str(folder))
         monkeypatch.setattr(sys, "argv", shlex.split(short)[1:])
@@ -191,10 +200,8 @@ def test_links_and_files(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http", "#")):
             assert (path.parent / target.partition("#")[0]).exists(), target
-    for named in re.findall(r"(?<![\w/.-])((?:examples|configs|tests|hf_lqa)/[\w./-]*\w)", text):
+    for named in re.findall(r"(?<![\w/.-])((?:examples(?!/pytorch)|configs|tests|hf_lqa)/[\w./-]*\w)", text):
         # Examples may call a file of their own by what follows their folder.
         assert (ROOT / named).exists(), named
     for key in re.findall(r"`(hf_lqa\.\w+)`", text):
-        import hf_lqa
-
         assert hasattr(hf_lqa, key.removeprefix("hf_lqa.")), key
