@@ -63,7 +63,7 @@ def failed(run: Run) -> bool:
     """Broken down, or no better than without a model (than the untrained one for language models)."""
     finite = math.isfinite(run["eval_loss"]) and math.isfinite(run["metric"])
     trivial = run["trivial_metric"]
-    return run["error"] is not None or not finite or (trivial is not None and run["metric"] < trivial)
+    return run["error"] is not None or not finite or (trivial is not None and run["metric"] <= trivial)
 
 
 def mean(values: Iterable[float]) -> float:
@@ -118,12 +118,13 @@ def tables_of(runs: list[Run]) -> dict[tuple[str, Setting], Table]:
 
 
 def main_tables(tables: dict[tuple[str, Setting], Table]) -> list[Table]:
-    """Of each task the setting in which most methods ran."""
+    """Of each task the setting in which most methods ran, batches drawn at random."""
     chosen = []
     for task in [*TASKS, *sorted({task for task, _ in tables} - set(TASKS))]:
         own = [table for (name, _), table in tables.items() if name == task]
         if own:
-            chosen.append(max(own, key=lambda table: len(table.methods)))
+            grouped = SETTING.index("group_by_length")
+            chosen.append(max(own, key=lambda table: (not table.setting[grouped], len(table.methods))))
     return chosen
 
 
@@ -486,7 +487,7 @@ def report(runs: list[Run], folder: Path) -> str:
         "And with the best of AdamW's sweep as one more method:",
         ranks(chosen, with_sweep=True),
         "### Failures",
-        "NaN, or worse than the commonest class, the mean, or the untrained language model:",
+        "NaN, or no better than the commonest class, the mean, or the untrained language model:",
         failures([run for table in chosen for by_seed in table.methods.values() for run in by_seed.values()])
         or "None.",
     ]
