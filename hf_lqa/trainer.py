@@ -60,7 +60,13 @@ class LQATrainerMixin(_Trainer):
                 "fp16=True has no effect on a CPU: Accelerate trains in float32. Leave it out, or use bf16=True",
                 stacklevel=3,
             )
-        self.add_callback(Announcement(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Only now: the list of callbacks of a Trainer that does not train is nobody's but the user's.
+        announced = any(isinstance(callback, Announcement) for callback in self.callback_handler.callbacks)
+        if not announced and (self._lqa_options is not None or self.lqa is not None):
+            self.add_callback(Announcement(self))
+        return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; called again for every trial of a hyperparameter search."""

@@ -31,7 +31,7 @@ def test_trains(tmp_path):
     assert train(tmp_path).state.global_step == 2
 
 
-def test_lr_scheduler(tmp_path):
+def test_get_learning_rates(tmp_path):
     assert train(tmp_path).optimizer.param_groups[0]["initial_lr"] == 5e-5
 
 
@@ -57,7 +57,7 @@ def test_it_prints_what_differs(tmp_path):
     status, output = conformance(tmp_path)
     assert status == 1, output
     assert "stock: {'failed': 1, 'passed': 3}" in output and "lqa: {'failed': 3, 'passed': 1}" in output
-    assert "expected: tests/trainer/test_trainer.py::test_lr_scheduler: asserts the learning rate" in output
+    assert "expected: tests/trainer/test_trainer.py::test_get_learning_rates: asserts the learning rate" in output
     assert "DIFFERENT: tests/trainer/test_trainer.py::test_is_adamw: passed with the stock Trainer, failed" in output
     assert "test_fails_anyway: " not in output.partition("probes: ")[2]
     assert int(output.partition("probes: ")[2].split()[0]) > 0
