@@ -94,6 +94,14 @@ def test_language_models(folder, tmp_path, task):
     assert row["metric"] == -row["eval_loss"] and row["trivial_metric"] == pytest.approx(-math.log(12), abs=0.5)
 
 
+@pytest.mark.parametrize("method", ["bb", "gen_adamw", "salsa"])
+def test_schedulers_leave_the_rates_of_peers_alone(folder, tmp_path, method):
+    argv = ("--tasks", "linear", "--max_steps", 60, "--methods", method)
+    (row,) = benchmark(folder, tmp_path / "r.jsonl", *argv)
+    rates = [rate / (1 - i / 60 if method == "gen_adamw" else 1) for i, rate in enumerate(row["learning_rate"])]
+    assert max(rates[40:]) != pytest.approx(rates[0], rel=0.01)
+
+
 def test_finished_runs_are_not_repeated(folder, tmp_path, capsys):
     results = tmp_path / "r.jsonl"
     argv = ("--tasks", "linear", "--max_steps", 2, "--methods", "sgd@1e-2")
@@ -219,7 +227,7 @@ def test_gen_bound_is_not_hit_near_the_minimum():
 
 def test_barzilai_borwein_finds_the_curvature():
     weights, loss = quadratic((5.0, 5.0))
-    optimizer = peers.BarzilaiBorwein([weights], lr=0.01, period=1)
+    optimizer = peers.BarzilaiBorwein([weights], first=0.01, period=1)
     step(optimizer, loss)
     assert optimizer.rate == 0.01
     step(optimizer, loss)

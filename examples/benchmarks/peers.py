@@ -173,15 +173,19 @@ class BarzilaiBorwein(WithBatch):
 
     .. math::  r = \frac1m \frac{\|w_k - w_{k-1}\|^2}{|(w_k - w_{k-1})^T(\bar g_k - \bar g_{k-1})|}
 
-    ``lr`` is the rate of the first two periods.
+    `first` is the rate of the first two periods; ``lr`` multiplies, for schedulers.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.1, period: int = 20):
-        super().__init__(params, {"lr": lr})
-        self.period, self.steps = period, 0
+    def __init__(self, params: Iterable[Any], first: float = 0.1, period: int = 20):
+        super().__init__(params, {"lr": 1.0})
+        self.level, self.period, self.steps = first, period, 0
         self.previous: list[Tensor] | None = None
         self.previous_gradient: list[Tensor] | None = None
         self.gradient: list[Tensor] | None = None
+
+    @property
+    def rate(self) -> float:
+        return self.level * float(self.param_groups[0]["lr"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -202,8 +206,7 @@ class BarzilaiBorwein(WithBatch):
             squared = sum((x * x).sum().item() for x in moved)
             product = abs(sum((x * y).sum().item() for x, y in zip(moved, turned, strict=True)))
             if product > 0:
-                for group in self.param_groups:
-                    group["lr"] = squared / product / self.period
+                self.level = squared / product / self.period
         self.previous = [p.clone() for p in params]
         self.previous_gradient, self.gradient = self.gradient, None
 
@@ -299,7 +302,7 @@ def _gen(model: nn.Module, lr: float | None) -> Peer:
 
 
 def _bb(model: nn.Module, lr: float | None) -> Peer:
-    optimizer = BarzilaiBorwein(trainable(model), lr=lr or 0.1)
+    optimizer = BarzilaiBorwein(trainable(model), first=lr or 0.1)
     return Peer(optimizer, lambda: optimizer.rate, "constant")
 
 

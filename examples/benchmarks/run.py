@@ -505,7 +505,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
                 own = {**(TABLE if task in TEXTS else {}), **changes}
                 runs.extend((task, method, seed, filled(task, options, **own)) for method in methods)
 
-    half_decades = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2"]
+    half_decades = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1"]
 
     def adamw(first: str, last: str) -> list[str]:
         rates = half_decades[half_decades.index(first) : half_decades.index(last) + 1]
@@ -513,7 +513,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
 
     paper_methods = [
         *(f"sgd@{rate}" for rate in ("1e-2", "1e-1", "1")),
-        *(f"sgd@{rate}+constant" for rate in ("1e-2", "1e-1", "1")),
+        *(f"sgd@{rate}+constant" for rate in ("1e-2", "1e-1", "3e-1", "1")),
         *("sgd@1e-1+decay", "sgd@1+decay", "bb", "adamw@1e-3+constant", "lqa_paper+constant"),
     ]
     no_rate = ["prodigy", "dadapt_adam", "schedule_free_adamw@2.5e-3+warmup", "ldog", "dog", "momo_adam"]
@@ -524,9 +524,9 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
         "adamw0": (TEXTS, [*adamw("1e-4", "1e-3")], [0]),
         "default": (TEXTS, ["adamw"], [0]),
         "adamw_ends": (TEXTS, [*adamw("3e-5", "3e-5"), *adamw("3e-3", "3e-3")], [0]),
-        "paper": (paper.TASKS[:3], [*adamw("1e-4", "1e-2"), *paper_methods], [0]),
-        "paper12": (paper.TASKS[:3], [*adamw("1e-4", "1e-2"), *paper_methods], [1, 2]),
-        "lenet": (paper.TASKS[3:], [*adamw("3e-4", "1e-2"), *paper_methods], [0]),
+        "paper": (paper.TASKS[:3], [*adamw("1e-4", "1"), *paper_methods], [0]),
+        "paper12": (paper.TASKS[:3], [*adamw("1e-4", "1"), *paper_methods], [1, 2]),
+        "lenet": (paper.TASKS[3:], [*adamw("1e-4", "1e-2"), *paper_methods], [0]),
         "paper_peers": (paper.TASKS, no_rate, [0]),
         "lqa_paper_tasks": (paper.TASKS[:3], ["lqa", "lqa_sgd"], [0, 1, 2]),
         "lqa_lenet": (paper.TASKS[3:], ["lqa", "lqa_sgd"], [0]),
@@ -578,7 +578,7 @@ NEAR_THE_BEST = {
     "r8": ["3e-4"],
 }
 #: Every constant of the rule at half and at twice its value (for runs of 100 steps).
-CHANGES = ["tau=0.03", "tau=0.12", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
+CHANGES = ["tau=0.05", "tau=0.2", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
 CHANGES += ["probe_interval=50", "probe_interval=200"]
 STAGES = ["lqa_text", "adamw0", "lqa12", "adamw12", "paper", "lqa_paper_tasks", "paper_peers", "peers", "default"]
 STAGES += ["insensitivity", "variations", "lqa_lenet", "lenet", "adamw_ends", "paper12", "lqa_variants"]
