@@ -193,7 +193,7 @@ class CrossBatchPolicy(PaperPolicy):
     def plan(self, total_steps: int) -> None:
         tau, warmup = self._planned
         if tau:
-            self.tau = min(0.1, max(0.03, 6 / max(total_steps, 1)))
+            self.tau = min(0.1, max(0.03, 10 / max(total_steps, 1)))
         if warmup:
             self.warmup = max(3, min(12, round(0.06 * total_steps)))
 
