@@ -527,7 +527,8 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
         "paper": (paper.TASKS[:3], [*adamw("1e-4", "1"), *paper_methods], [0]),
         "paper12": (paper.TASKS[:3], [*adamw("1e-4", "1"), *paper_methods], [1, 2]),
         "lenet": (paper.TASKS[3:], [*adamw("1e-4", "1e-2"), *paper_methods], [0]),
-        "paper_peers": (paper.TASKS, no_rate, [0]),
+        "paper_peers": (paper.TASKS[:3], [*no_rate, "adamw"], [0]),
+        "lenet_peers": (paper.TASKS[3:], [*no_rate, "adamw"], [0]),
         "lqa_paper_tasks": (paper.TASKS[:3], ["lqa", "lqa_sgd"], [0, 1, 2]),
         "lqa_lenet": (paper.TASKS[3:], ["lqa", "lqa_sgd"], [0]),
         "peers": (("trec6", "vader_tweets"), no_rate, [0]),
@@ -581,7 +582,7 @@ NEAR_THE_BEST = {
 CHANGES = ["tau=0.05", "tau=0.2", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
 CHANGES += ["probe_interval=50", "probe_interval=200"]
 STAGES = ["lqa_text", "adamw0", "lqa12", "adamw12", "paper", "lqa_paper_tasks", "paper_peers", "peers", "default"]
-STAGES += ["insensitivity", "variations", "lqa_lenet", "lenet", "adamw_ends", "paper12", "lqa_variants"]
+STAGES += ["insensitivity", "variations", "lqa_lenet", "lenet", "lenet_peers", "adamw_ends", "paper12", "lqa_variants"]
 STAGES += ["smollm2_lora", "smollm2", "lqa_smollm2", "sgd", "peers_rest", "insensitivity:vader_tweets", "longer"]
 
 
