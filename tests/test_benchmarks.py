@@ -100,6 +100,9 @@ def test_schedulers_leave_the_rates_of_peers_alone(folder, tmp_path, method):
     (row,) = benchmark(folder, tmp_path / "r.jsonl", *argv)
     rates = [rate / (1 - i / 60 if method == "gen_adamw" else 1) for i, rate in enumerate(row["learning_rate"])]
     assert max(rates[40:]) != pytest.approx(rates[0], rel=0.01)
+    if method == "gen_adamw":
+        # Seven probes from 5e-5 lead nowhere: it is not the base's own rate, 1, that moves the weights.
+        assert row["train_loss"][-1] == pytest.approx(row["train_loss"][0], rel=0.5)
 
 
 def test_finished_runs_are_not_repeated(folder, tmp_path, capsys):

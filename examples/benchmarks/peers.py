@@ -126,7 +126,6 @@ class GeNAdamW(WithBatch):
     def __init__(self, params: Iterable[Any], lr: float = 5e-5):
         self.base = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0)
         super().__init__(self.base.param_groups, {})
-        self.base.param_groups = self.param_groups
         self.level, self.steps = lr, 0
 
     @property
@@ -134,6 +133,8 @@ class GeNAdamW(WithBatch):
         return self.level * float(self.param_groups[0]["lr"])
 
     def _base_step(self, rate: float) -> None:
+        # Loading a state, as Accelerate does, makes new groups.
+        self.base.param_groups = self.param_groups
         factors = [group["lr"] for group in self.param_groups]
         for group, factor in zip(self.param_groups, factors, strict=True):
             group["lr"] = rate * factor

@@ -345,7 +345,7 @@ def draw_losses(chosen: list[Table], path: Path) -> None:
         row[0].set_ylabel("training loss, mean of 10 steps")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
 
 
 def draw_sweep(chosen: list[Table], path: Path) -> None:
