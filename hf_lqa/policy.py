@@ -113,8 +113,7 @@ class PaperPolicy:
     def _adapt_radius(self, fit: Fit) -> None:
         if fit.verdict is Verdict.BELOW_NOISE:
             self.radius_scale = min(2 * self.radius_scale, self._MAX_RADIUS_SCALE)
-        elif fit.verdict.usable or fit.verdict is Verdict.NON_DESCENT:
-            # So far out the loss may rise along a direction of descent.
+        elif fit.verdict.usable:
             self.radius_scale = max(self.radius_scale / 2, 1.0)
         elif fit.verdict is Verdict.NON_FINITE:
             self.radius_scale = 1.0

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_lqa import Fit, Verdict, fit_losses, fit_slopes
-from hf_lqa.policy import POLICIES, PaperPolicy
+from hf_lqa.policy import POLICIES
 
 anything = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_subnormal=True)
@@ -115,17 +115,3 @@ def test_a_policy_survives_its_state_dict(name, observations, stop):
             policy.observe_probe(fit, radius)
             policy.observe_end(end - slope, 1.0)
     assert straight == resumed
-
-
-def test_a_radius_that_grew_returns_where_the_loss_rises_that_far_out():
-    policy = PaperPolicy()
-
-    def observe(*losses):
-        policy.observe_probe(fit_losses(*losses, 1.0, noise=0.1), 1.0)
-
-    for _ in range(3):
-        observe(1.0, 1.0, 1.0)
-    assert policy.radius_scale == 8
-    for scale in (4, 2, 1, 1):
-        observe(3.0, 1.0, 4.0)
-        assert policy.radius_scale == scale
