@@ -37,7 +37,7 @@ ELSEWHERE = {
     ),
 }
 #: Measurements that take minutes to hours: that the files and their arguments exist is all that is tested here.
-BENCHMARKS = re.compile(r"python (examples/benchmarks|tests)/\w+\.py")
+BENCHMARKS = re.compile(r"python (examples/benchmarks|tests|tests/conformance)/\w+\.py")
 #: Words that stand for something of the reader's, and what it is in the workspace.
 STAND_FOR = {
     "OUTPUT_DIR": "out/mine",
