@@ -57,6 +57,7 @@ def main() -> None:
     with torch.no_grad():
         accuracy = (model(inputs.to(accelerator.device)).argmax(1) == targets.to(accelerator.device)).float().mean()
     accelerator.print(f"accuracy: {accuracy.item():.3f}, probe forwards: {lqa.counts['probe_forwards']}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import types
 from importlib.machinery import SourceFileLoader
 from typing import Any
 
+import torch.distributed
 from transformers import trainer as transformers_trainer
 
 from .optimizer import LQA
@@ -86,6 +87,9 @@ def main() -> None:
         sys.exit(2)
     patch_trainer()
     run_script(script, sys.argv[2:])
+    # Scripts leave it to the interpreter's exit, where gloo's threads may outlive the group and abort the process.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -92,3 +92,5 @@ def run(spec: dict[str, Any]) -> None:
 if __name__ == "__main__":
     allow_fsdp_on_cpu()
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

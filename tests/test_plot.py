@@ -37,6 +37,7 @@ def test_a_window(run, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.get_fignums()))
     pyplot.switch_backend("Agg")
+    pyplot.close("all")
     assert is_png(plot(run[0], output=tmp_path / "shown.png", show=True))
     assert len(shown) == 1 and len(shown[0]) == 1
     pyplot.close("all")

@@ -133,6 +133,17 @@ def test_launchers(launcher, script, tmp_path):
     assert result(tmp_path)["probe_forwards"] > 0
 
 
+def test_processes_do_not_end_with_an_open_process_group(tmp_path):
+    """Left to the interpreter's exit, gloo's threads abort the process now and then."""
+    (tmp_path / "s.py").write_text(
+        "import atexit, os, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "atexit.register(lambda: open(os.environ['RANK'], 'w').write(str(dist.is_initialized())))\n"
+    )
+    run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_lqa", "s.py")
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["False", "False"]
+
+
 @pytest.mark.parametrize("command", [[], ["missing.py"], ["--optim", "lqa"], ["."]], ids=str)
 def test_no_script_is_a_usage_line_and_exit_code_2(command, tmp_path):
     done = run(tmp_path, "-m", "hf_lqa", *command, check=False)
