@@ -74,7 +74,7 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     Half-precision products are accumulated in float32. Sparse tensors (gradients of sparse embeddings) are allowed on
     the left.
     """
-    return _total(left, [_product(a, b) for a, b in zip(local(left), local(right), strict=True)])
+    return _shares(left, [_product(a, b) for a, b in zip(local(left), local(right), strict=True)]).sum()
 
 
 def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
@@ -99,29 +99,28 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     return torch.stack(products).sum()
 
 
-def _total(tensors: list[Tensor], products: list[Tensor]) -> Tensor:
-    """The sum of `products`, of which each is this rank's share where its tensor is sharded.
+def _shares(tensors: list[Tensor], products: list[Tensor]) -> Tensor:
+    """`products` as one vector, in which those of tensors that are sharded are summed over the shards.
 
     One collective for all tensors that are sharded alike.
     """
-    sums: dict[Any, list[Tensor]] = {}
-    for tensor, product in zip(tensors, products, strict=True):
+    alike: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
         placed: Any = is_sharded(tensor) and (getattr(tensor, "device_mesh"), getattr(tensor, "placements"))  # noqa: B009
-        sums.setdefault(placed, []).append(product)
+        alike.setdefault(placed, []).append(i)
     device = products[0].device
-    total: Tensor | float = 0.0
-    for placed, parts in sums.items():
-        dtype = torch.promote_types(parts[0].dtype, torch.float32)
-        part = torch.stack([p.to(device=device, dtype=dtype) for p in parts]).sum()
+    shares: dict[int, Tensor] = {}
+    for placed, indices in alike.items():
+        dtype = torch.promote_types(products[indices[0]].dtype, torch.float32)
+        part = torch.stack([products[i].to(device=device, dtype=dtype) for i in indices])
         if placed:
             from torch.distributed.tensor import DTensor, Partial, Replicate
 
             mesh, placements = placed
-            shares = [Replicate() if p.is_replicate() else Partial() for p in placements]
-            part = DTensor.from_local(part, mesh, shares, run_check=False).full_tensor()
-        total = part + total
-    assert isinstance(total, Tensor)
-    return total
+            kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
+            part = DTensor.from_local(part, mesh, kinds, run_check=False).full_tensor()
+        shares.update(zip(indices, part.unbind(), strict=True))
+    return torch.stack([shares[i] for i in range(len(tensors))])
 
 
 def _runs(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
@@ -342,21 +341,14 @@ class Snapshot:
         torch._foreach_copy_(local(self.values), local(self.params))
 
     @torch.no_grad()
-    def slope(self) -> Tensor:
-        """``<gradient, theta - values>`` with gradients and weights as they are now, 0-dim tensor, see `dot`.
+    def slopes(self) -> Tensor:
+        """``<gradient, theta - values>`` of each parameter with gradients and weights as they are now, see `dot`.
 
-        A parameter whose gradient is missing counts as 0.
+        1-dim, equal on all ranks that hold equal values; 0 for a parameter whose gradient is missing.
         """
-        triples = [
-            (p.grad.detach(), p.detach(), v)
-            for p, v in zip(self.params, self.values, strict=True)
-            if p.grad is not None
-        ]
-        if not triples:
-            return torch.zeros(())
-        gradients, weights, values = (list(column) for column in zip(*triples, strict=True))
-        parts = zip(local(gradients), local(weights), local(values), strict=True)
-        return _total(gradients, [_product(*part) for part in parts])
+        gradients = [p.grad.detach() if p.grad is not None else torch.zeros_like(p) for p in self.params]
+        parts = zip(local(gradients), local([p.detach() for p in self.params]), local(self.values), strict=True)
+        return _shares(gradients, [_product(*part) for part in parts])
 
     def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
         """`values` by each parameter's number in an optimizer's `state_dict`."""

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,29 @@ class ProbeRecord:
     loss_center: float
     loss_plus: float
     fit: Fit
+
+
+@dataclass
+class _Move:
+    """A step whose end slopes are still to be measured, or to be learned from.
+
+    Attributes:
+        step_size: as it was applied; 0 where there was no such step.
+        factor: what multiplied the level in it, schedule and ramp.
+        sizes: elements of each parameter that it moved.
+        starts: slopes of each at its start, on its own batch; read from the device together with `ends`.
+        ends: slopes of each at its end, on the next batch; `None` until measured.
+    """
+
+    step_size: float = 0.0
+    factor: float = 0.0
+    sizes: list[int] = field(default_factory=list)
+    starts: Tensor | list[float] = field(default_factory=list)
+    ends: list[float] | None = None
+
+    @property
+    def awaits_ends(self) -> bool:
+        return self.step_size > 0 and self.ends is None
 
 
 class LQA(torch.optim.Optimizer):
@@ -102,9 +125,7 @@ class LQA(torch.optim.Optimizer):
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
         self._snapshot: Snapshot | None = None
-        # Step size and factor of the last step, while its end slope is still to be measured or to be learned from;
-        # otherwise 0. Then the end slope, once measured.
-        self._pending: tuple[float, float, float | None] = (0.0, 0.0, None)
+        self._move = _Move()
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
@@ -190,18 +211,19 @@ class LQA(torch.optim.Optimizer):
             return
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
-        pending_step_size, pending_factor, end_slope = self._pending
-        ended: Tensor | float = 0.0
-        to_measure = self._snapshot is not None and pending_step_size > 0 and end_slope is None
-        if self._snapshot is not None and to_measure:
-            ended = self._snapshot.slope() / pending_step_size
-        norm, ended = self._read(observed_norm, ended) if self._clipping is not None or to_measure else (0.0, 0.0)
-        if not (math.isfinite(norm) and math.isfinite(ended)):
+        norm, slopes, move = 0.0, [], self._move
+        if self._snapshot is not None and move.awaits_ends:
+            norm, *slopes = self._read(observed_norm, move.starts, self._snapshot.slopes())
+        elif self._clipping is not None:
+            (norm,) = self._read(observed_norm)
+        starts, ends = slopes[: len(move.sizes)], slopes[len(move.sizes) :]
+        if not all(map(math.isfinite, (norm, *ends))):
             self._skip()
             return
-        if to_measure:
+        clip = min(1.0, max_norm / (norm + 1e-6))
+        if ends:
             # Kept now, because a probe takes the snapshot's memory.
-            self._pending = pending_step_size, pending_factor, end_slope = pending_step_size, pending_factor, ended
+            move.starts, move.ends = starts, [end / move.step_size / clip for end in ends]
         probe = None
         if self.wants_probe:
             if closure is None and self.policy.step_size is None:
@@ -211,20 +233,20 @@ class LQA(torch.optim.Optimizer):
                 )
             if closure is not None:
                 begun = time.perf_counter()
-                clip = min(1.0, max_norm / (norm + 1e-6))
                 probe, slope = self._probe(closure, [x / multiplier for x in lr], clip)
                 self.probe_seconds += time.perf_counter() - begun
                 if not math.isfinite(slope):
                     self._skip()
                     return
-        if end_slope is not None:
-            self.last_end_slope, self._pending = end_slope, (0.0, 0.0, None)
-            self.policy.observe_end(end_slope, pending_factor)
+        if move.ends is not None:
+            assert isinstance(move.starts, list)
+            self.last_end_slope, self._move = sum(move.ends), _Move()
+            self.policy.observe_end(move.starts, move.ends, move.sizes, move.factor)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
             self.policy.observe_probe(probe.fit, probe.radius)
-        self._advance(multiplier, snapshot_taken=probe is not None)
+        self._advance(multiplier, clip, snapshot_taken=probe is not None)
         self._disarm()
 
     def _probe(self, closure: Callable[[], Tensor], lr: list[float], clip: float) -> tuple[ProbeRecord, float]:
@@ -269,8 +291,8 @@ class LQA(torch.optim.Optimizer):
             self._snapshot = Snapshot(params)
         return self._snapshot
 
-    def _advance(self, multiplier: float, snapshot_taken: bool) -> None:
-        """`base.step()` at learning rates ``level * factor * lr``."""
+    def _advance(self, multiplier: float, clip: float, snapshot_taken: bool) -> None:
+        """`base.step()` at learning rates ``level * factor * lr``; `clip` is by what the gradients were scaled."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         scale = level * self.policy.factor(step)
         observed = scale > 0 and self.policy.wants_end_slope(step)
@@ -285,7 +307,9 @@ class LQA(torch.optim.Optimizer):
             for group, value in zip(self.param_groups, lr, strict=True):
                 group["lr"] = value
         if observed:
-            self._pending = scale * multiplier, self.policy.factor(step) * multiplier, None
+            snapshot, step_size = self._snapshot_memory(), scale * multiplier
+            sizes, starts = [p.numel() for p in snapshot.params], snapshot.slopes() / (step_size * clip)
+            self._move = _Move(step_size, self.policy.factor(step) * multiplier, sizes, starts)
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -298,14 +322,14 @@ class LQA(torch.optim.Optimizer):
     def _disarm(self) -> None:
         self._armed = self._clipping = None
 
-    def _read(self, *values: Tensor | float) -> list[float]:
-        """Scalars as Python floats, averaged over ranks: one collective, one synchronisation."""
+    def _read(self, *values: Tensor | float | list[float]) -> list[float]:
+        """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
         # Floats go where the weights are: collectives of NCCL know no other place.
         weights = (p for group in self.param_groups for p in group["params"])
         device = next(v.device for v in (*values, *weights) if isinstance(v, Tensor))
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        scalars = [torch.as_tensor(_scalar(v), device=device).detach().to(dtype).reshape(()) for v in values]
-        return self.reduce(torch.stack(scalars)).tolist()
+        flat = [torch.as_tensor(_scalar(v), device=device).detach().to(dtype).reshape(-1) for v in values]
+        return self.reduce(torch.cat(flat)).tolist()
 
     def _relative_noise(self, closure: Callable[[], Tensor]) -> float:
         known: float | None = getattr(closure, "relative_noise", None)
@@ -325,7 +349,7 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
-            "pending": list(self._pending),
+            "move": {**vars(self._move), "starts": torch.as_tensor(self._move.starts).tolist()},
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
@@ -333,7 +357,7 @@ class LQA(torch.optim.Optimizer):
         groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
         snapshot: dict[int, Tensor] = {}
-        if self._snapshot is not None and self._pending[0] > 0 and self._pending[2] is None:
+        if self._snapshot is not None and self._move.awaits_ends:
             snapshot = self._snapshot.by_index(self.param_groups)
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if i not in snapshot and is_sharded(p) and p.requires_grad:
@@ -364,13 +388,11 @@ class LQA(torch.optim.Optimizer):
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
         # Cast and placed by the base's load_state_dict like its own state.
         values = {p: s.pop(_SNAPSHOT_KEY) for p, s in self.state.items() if _SNAPSHOT_KEY in s}
-        step_size, factor, end_slope = own["pending"]
-        self._pending = step_size, factor, end_slope
-        kept = step_size > 0 and end_slope is None
-        self._snapshot = Snapshot(list(values), list(values.values())) if kept else None
+        self._move = _Move(**own["move"])
+        self._snapshot = Snapshot(list(values), list(values.values())) if self._move.awaits_ends else None
 
 
-def _scalar(value: Tensor | float) -> Tensor | float:
+def _scalar(value: Tensor | float | list[float]) -> Tensor | float | list[float]:
     """`value`, gathered if it is sharded."""
     return full(value) if isinstance(value, Tensor) else value
 

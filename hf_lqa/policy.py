@@ -1,17 +1,19 @@
 """How measurements become the step size: the published rule, and the one that is the default for fine-tuning.
 
 A policy sees floats only. Before a probe it says how far to probe (`radius`); after it, `observe_probe` takes the fit;
-at the next training step, `observe_end` takes the slope that the next batch's gradient measured at the end of a step.
+at the next training step, `observe_end` takes the slopes at both ends of a step: at its start on the step's own batch,
+at its end on the next one.
 `step_size` is what the next step should use, before schedule and ramp; `None` until something was measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from .quadratic import Fit, Verdict
+from .quadratic import Fit, Verdict, end_ratio
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -101,10 +103,14 @@ class PaperPolicy:
         elif self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
             self.step_size = radius
 
-    def observe_end(self, slope: float, factor: float) -> None:
-        """Take the next batch's slope at the end of a step, ``<gradient, move> / step_size``.
+    def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
+        """Take the slopes at both ends of a step, ``<gradient, move> / step_size`` of each parameter.
 
-        `factor` is what multiplied the level in that step: schedule and warm-up.
+        Args:
+            starts: at its start, on the step's own batch; loss per unit step, negative where the loss falls.
+            ends: at its end, on the next batch.
+            sizes: number of elements of each parameter.
+            factor: what multiplied the level in that step: schedule and ramp.
         """
 
     def plan(self, total_steps: int) -> None:
@@ -123,7 +129,7 @@ class PaperPolicy:
         return f"a probe every {self.probe_interval} steps" if self.probe_interval > 1 else "a probe at every step"
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes in training, as floats, in a form that every checkpoint format can hold."""
+        """What changes in training, as numbers and lists of numbers, in a form that JSON can hold."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,20 +144,32 @@ class CrossBatchPolicy(PaperPolicy):
 
     A batch's own parabola counts the batch's own noise as progress. The slope at the *end* of a step, measured by the
     gradient of the batch after it (which training computes anyway), does not: along the line, the parabola of fresh
-    data has its minimum where that slope is 0. The level is moved towards that zero on a logarithmic scale. Observation
-    number ``k`` (from 0), made of a step that was taken with the factor ``f`` (schedule times warm-up), is
+    data has its minimum where that slope is 0. What is left of the slope at the end of a step,
 
-        y      = <gradient_{t+1}, theta_{t+1} - theta_t> / step_size_t        < 0: a fresh batch says "further"
-        z      = y / rms(y), clipped to [-2, 2];     rms: exponential average of y**2 with decay 0.9, bias-corrected
+        r = median of end_i / |start_i|         start_i = <gradient_t, move_t>_i, end_i = <gradient_{t+1}, move_t>_i
+
+    over the parameters ``i``, each as often as it has elements, is -1 where a step was far too short, 0 at the
+    minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). The level is found in two phases.
+
+    **The first steps**, twice `warmup` of them and at least 12. The level starts at 3 probe radii. In the ramp (12
+    steps at least) it follows the slope per unit step as the base optimizer's moments settle, to where a step changes
+    its batch's loss to first order by the share ``4/3 tau``:
+
+        target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.3
+
+    Where the averaged ``r`` is below -0.5 little of the batch's slope is noise, and the parabola through both slopes
+    can be believed: in `warmup` steps the level grows by ``0.5 / (1 + r)``, to where half of the slope would be left.
+
+    **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
+    with the factor ``f`` (schedule times ramp), is
+
+        v      = r - aim |r_0|                      r_0: the lowest of the averaged ratios of the first steps
+        z      = v / rms(v), clipped to [-2, 2]     rms: exponential average of v**2 with decay 0.9, bias-corrected
         level *= exp(-eta f z / sqrt(k + 4))
 
-    Divided by their own recent size the slopes need no unit; moves fade as evidence accumulates, and as the schedule
-    shrinks the steps: a short step's slope says little about a long one.
-
-    The first level is the probe radius. It is ramped up linearly during `warmup` steps, and the first 12 steps are not
-    observed: while a fresh head and biases are learned, the end slope is negative at every rate. Where the number of
-    steps is known and small (`plan`), there is no time for a timid start: the ramp is shorter and the first level
-    higher.
+    Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
+    shrinks the steps: a short step's slope says little about a long one. The aim lies a little beyond the minimum,
+    because the schedule will shorten steps, and a step that is a bit too long costs less than one that is too short.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
@@ -163,39 +181,56 @@ class CrossBatchPolicy(PaperPolicy):
     Args:
         probe_interval: the longest distance between probes, in steps.
         eta: gain; in (0, 1].
-        warmup: steps of the ramp, ``>= 0``, not observed; `None`: as said above.
+        warmup: steps of the ramp, ``>= 0``; `None`: 12, or 6 % of the steps but at least 3 where they are known and
+            fewer than 200.
     """
 
     name: ClassVar[str] = "cross_batch"
+    _FIRST: ClassVar[float] = 3.0
+    _SETTLED: ClassVar[float] = 4 / 3
+    _SETTLING: ClassVar[float] = 0.3
+    _AIM: ClassVar[float] = 0.15
+    _BELIEVED: ClassVar[float] = 0.5
     _DECAY: ClassVar[float] = 0.9
+    #: Of the averages in the first steps.
+    _FIRST_DECAY: ClassVar[float] = 0.8
     _MAX_Z: ClassVar[float] = 2.0
     _FADING: ClassVar[int] = 4
-    _BURN_IN: ClassVar[int] = 12
+    _FIRST_STEPS: ClassVar[int] = 12
     #: Observations at each distance between them.
     _DENSE: ClassVar[int] = 16
 
-    tau: float | None = None  # type: ignore[assignment]
     probe_interval: int = 100
     eta: float = 0.3
     warmup: int | None = None
+    #: Observations of the first steps, and after them.
+    first_observations: int = field(default=0, init=False)
     observations: int = field(default=0, init=False)
     mean_square: float = field(default=0.0, init=False)
+    #: Of the first steps: radius and slope of step 0, growth so far, lowest ratio, averages of the slopes.
+    first_radius: float = field(default=0.0, init=False)
+    first_slope: float = field(default=0.0, init=False)
+    growth: float = field(default=1.0, init=False)
+    lowest: float = field(default=0.0, init=False)
+    starts: list[float] = field(default_factory=list, init=False)
+    ends: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._planned = self.tau is None, self.warmup is None
-        self._observe_from = self._BURN_IN if self.warmup is None else self.warmup
-        self.tau = 0.03 if self.tau is None else self.tau
+        self._planned = self.warmup is None
         self.warmup = 12 if self.warmup is None else self.warmup
         super().__post_init__()
         _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
         _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
 
     def plan(self, total_steps: int) -> None:
-        tau, warmup = self._planned
-        if tau:
-            self.tau = min(0.1, max(0.03, 10 / max(total_steps, 1)))
-        if warmup:
+        if self._planned:
             self.warmup = max(3, min(12, round(0.06 * total_steps)))
+
+    @property
+    def _first_steps(self) -> int:
+        """How many steps the first phase has."""
+        assert self.warmup is not None
+        return max(self._FIRST_STEPS, 2 * self.warmup)
 
     def cadence(self) -> str:
         return f"probes at steps 1, 5, 17, 65, ... and every {self.probe_interval}"
@@ -207,9 +242,9 @@ class CrossBatchPolicy(PaperPolicy):
         return step < self.probe_interval and step & (step - 1) == 0 and step.bit_length() % 2 == 1 and step > 1
 
     def wants_end_slope(self, step: int) -> bool:
-        since = step - (self._observe_from - 1)
+        since = step - self._first_steps
         if since < 0:
-            return False
+            return True
         # Distances 1 to n - 1 take 16 (1 + 2 + ... + (n - 1)) steps.
         distance = int((1 + math.sqrt(1 + 8 * since / self._DENSE)) / 2)
         return step % distance == 0
@@ -220,20 +255,61 @@ class CrossBatchPolicy(PaperPolicy):
     def observe_probe(self, fit: Fit, radius: float) -> None:
         self._adapt_radius(fit)
         if self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
-            self.step_size = radius
+            self.first_radius = radius
+            self._set_level(self._FIRST * radius)
+            if self.step_size is None:
+                self.step_size = radius
 
-    def observe_end(self, slope: float, factor: float) -> None:
-        square = slope * slope
-        if self.step_size is None or not 0 < square < math.inf:
+    def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
+        if self.step_size is None:
+            return
+        if self.first_observations < self._first_steps:
+            self._observe_first(starts, ends, sizes)
+            return
+        v = end_ratio(starts, ends, sizes) + self._AIM * self.lowest
+        square = v * v
+        if not 0 < square < math.inf:
             return
         self.mean_square = self._DECAY * self.mean_square + (1 - self._DECAY) * square
         rms = math.sqrt(self.mean_square / (1 - self._DECAY ** (self.observations + 1)))
-        z = min(max(slope / rms, -self._MAX_Z), self._MAX_Z)
+        z = min(max(v / rms, -self._MAX_Z), self._MAX_Z)
         gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
-        level = self.step_size * math.exp(-gain * z)
+        self._set_level(self.step_size * math.exp(-gain * z))
+        self.observations += 1
+
+    def _observe_first(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> None:
+        """Take an observation of the first steps, with the averages as of an exponential decay from zero."""
+        if not all(map(math.isfinite, (*starts, *ends))):
+            return
+        self.first_observations += 1
+        if len(starts) != len(self.starts):
+            # The first, or other parameters have gradients now.
+            self.starts, self.ends = [0.0] * len(starts), [0.0] * len(starts)
+        keep = self._FIRST_DECAY
+        self.starts = [keep * old + (1 - keep) * new for old, new in zip(self.starts, starts, strict=True)]
+        self.ends = [keep * old + (1 - keep) * new for old, new in zip(self.ends, ends, strict=True)]
+        count, warmup = self.first_observations, max(self.warmup or 0, 3)
+        slope = abs(sum(self.starts)) / (1 - keep**count)
+        if count == 1:
+            self.first_slope = slope
+            return
+        assert self.step_size is not None
+        level = self.step_size
+        if 2 < count <= max(self._FIRST_STEPS, warmup) and slope > 0:
+            target = self._SETTLED * self.first_radius * (self.first_slope / slope) * self.growth
+            level *= (target / level) ** self._SETTLING
+        ratio = end_ratio(self.starts, self.ends, sizes)
+        self.lowest = min(self.lowest, 0.0 if math.isnan(ratio) else ratio)
+        if ratio < -self._BELIEVED:
+            growth = (self._BELIEVED / (1 + ratio)) ** (1 / warmup)
+            self.growth, level = self.growth * growth, level * growth
+        self._set_level(level)
+        if count == self._first_steps:
+            self.starts, self.ends = [], []
+
+    def _set_level(self, level: float) -> None:
         if 0 < level < math.inf:
             self.step_size = level
-        self.observations += 1
 
 
 #: What the optimizer talks to.

@@ -102,9 +102,9 @@ def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
         weights[0].sub_(1e-5)
     move = weights[0].detach()[0].double() - 3
     weights[0].grad = torch.ones_like(weights[0])
-    assert float(snapshot.slope()) == pytest.approx(float(move) * 200_000, rel=1e-5)
+    assert float(snapshot.slopes()) == pytest.approx(float(move) * 200_000, rel=1e-5)
     weights[0].grad = None
-    assert float(snapshot.slope()) == 0
+    assert float(snapshot.slopes()) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -56,7 +56,7 @@ def everything(model, optimizer, pending=True):
     if not pending:
         # What is known of the last step's end: either the weights it started from or, once measured, its slope.
         found = {k: v for k, v in found.items() if not k.endswith("lqa_snapshot")}
-        own[0]["lqa"] = {k: v for k, v in json.loads(own[0]["lqa"]).items() if k != "pending"}
+        own[0]["lqa"] = {k: v for k, v in json.loads(own[0]["lqa"]).items() if k != "move"}
     numpy_state = np.random.get_state()
     return found | {
         "groups": repr(own),

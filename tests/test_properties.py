@@ -69,10 +69,10 @@ def test_turning_the_direction_turns_the_slope(minus, center, plus, radius):
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @settings(deadline=None)
-@given(st.lists(st.tuples(anything, anything, anything, anything, anything), max_size=30))
+@given(st.lists(st.tuples(*[anything] * 6), max_size=60))
 def test_a_policys_step_size_is_never_negative_or_infinite(name, observations):
     policy = POLICIES[name]()
-    for step, (loss, slope, minus, plus, end) in enumerate(observations):
+    for step, (loss, slope, minus, plus, start, end) in enumerate(observations):
         before = policy.step_size
         assert math.isfinite(policy.factor(step)) and 0 < policy.factor(step) <= 1
         if policy.wants_probe(step):
@@ -82,9 +82,9 @@ def test_a_policys_step_size_is_never_negative_or_infinite(name, observations):
                 fit = fit_losses(minus, loss, plus, radius, max_step=policy.max_step(loss, slope))
                 policy.observe_probe(fit, radius)
         if before is not None:
-            policy.observe_end(end, 1.0)
+            policy.observe_end([start, slope], [end, minus], [3, 4], 1.0)
         assert policy.step_size is None or (math.isfinite(policy.step_size) and policy.step_size > 0), observations
-        if not math.isfinite(end) and before is not None and not policy.wants_probe(step):
+        if not (math.isfinite(end) or math.isfinite(minus)) and before is not None and not policy.wants_probe(step):
             assert policy.step_size == before
 
 
@@ -95,13 +95,13 @@ def test_the_ends_of_the_floats_range(name, radius, end):
     policy = POLICIES[name]()
     policy.observe_probe(Fit(-1.0, math.nan, None, Verdict.NON_CONVEX), radius)
     for _ in range(1000):
-        policy.observe_end(end, 1.0)
+        policy.observe_end([-1.0], [end], [1], 1.0)
         assert 0 < policy.step_size < math.inf
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @settings(deadline=None)
-@given(st.lists(st.tuples(moderate, moderate, moderate), min_size=1, max_size=20), st.integers(0, 19))
+@given(st.lists(st.tuples(moderate, moderate, moderate), min_size=1, max_size=30), st.integers(0, 29))
 def test_a_policy_survives_its_state_dict(name, observations, stop):
     straight, resumed = POLICIES[name](), POLICIES[name]()
     for step, (loss, slope, end) in enumerate(observations):
@@ -113,5 +113,5 @@ def test_a_policy_survives_its_state_dict(name, observations, stop):
             radius = policy.radius(loss, -slope)
             fit = fit_losses(loss + slope * radius, loss, loss - 0.9 * slope * radius, radius)
             policy.observe_probe(fit, radius)
-            policy.observe_end(end - slope, 1.0)
+            policy.observe_end([-slope], [end - slope], [1], 1.0)
     assert straight == resumed

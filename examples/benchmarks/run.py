@@ -579,7 +579,7 @@ NEAR_THE_BEST = {
     "r8": ["3e-4"],
 }
 #: Every constant of the rule at half and at twice its value (for runs of 100 steps).
-CHANGES = ["tau=0.05", "tau=0.2", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
+CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
 CHANGES += ["probe_interval=50", "probe_interval=200"]
 STAGES = ["lqa_text", "adamw0", "lqa12", "adamw12", "paper", "lqa_paper_tasks", "paper_peers", "peers", "default"]
 STAGES += ["insensitivity", "variations", "lqa_lenet", "lenet", "lenet_peers", "adamw_ends", "paper12", "lqa_variants"]

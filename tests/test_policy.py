@@ -1,0 +1,120 @@
+"""The rule of `cross_batch`: what moves the level, and what does not."""
+
+import math
+
+import pytest
+import torch
+
+from hf_lqa import LQA, Fit, Verdict
+from hf_lqa.policy import CrossBatchPolicy
+
+RADIUS = 0.01
+PROBED = Fit(-1.0, math.nan, None, Verdict.NON_CONVEX)
+
+
+def started(**options):
+    policy = CrossBatchPolicy(**options)
+    policy.observe_probe(PROBED, RADIUS)
+    return policy
+
+
+def after_first_steps(ratio=0.0, **options):
+    policy = started(**options)
+    for _ in range(24):
+        policy.observe_end([-1.0], [ratio], [1], 1.0)
+    return policy
+
+
+def test_the_level_follows_the_slope_as_the_moments_settle():
+    policy = started()
+    assert policy.step_size == pytest.approx(3 * RADIUS)
+    for step in range(12):
+        policy.observe_end([-8.0 if step == 0 else -2.0], [0.0], [1], 1.0)
+    settled = 4 / 3 * RADIUS * 8 / 2
+    assert policy.step_size == pytest.approx(settled, rel=0.25)
+    level = policy.step_size
+    policy.observe_end([-200.0], [0.0], [1], 1.0)
+    assert policy.step_size == level, "the ramp is over"
+
+
+def test_where_the_slope_is_no_noise_the_level_grows_to_where_half_of_it_is_left():
+    for ratio, growth in ((-0.9, 5.0), (-0.75, 2.0), (-0.4, 1.0), (0.5, 1.0)):
+        # One ramp after the other: the last twelve observations cannot know that steps have grown.
+        policy = after_first_steps(ratio)
+        assert policy.growth == pytest.approx(growth ** (23 / 12)), ratio
+
+
+def test_the_slope_of_a_few_weights_does_not_decide():
+    policies = started(), started()
+    for _ in range(24):
+        policies[0].observe_end([-5.0, -1.0], [-5.0, 0.0], [10, 1000], 1.0)
+        policies[1].observe_end([-5.0, -1.0], [0.0, 0.0], [10, 1000], 1.0)
+    assert policies[0].step_size == policies[1].step_size and policies[0].growth == 1
+
+
+def test_afterwards_it_aims_a_little_beyond_the_minimum():
+    def moved(ratio):
+        policy = after_first_steps(-0.4)
+        before = policy.step_size
+        policy.observe_end([-1.0], [ratio], [1], 1.0)
+        return policy.step_size / before
+
+    assert moved(-0.1) > 1 and moved(0.0) > 1 and moved(0.05) > 1
+    assert moved(0.15 * 0.4) == pytest.approx(1, abs=0.2)
+    assert moved(0.07) < 1 and moved(1.0) < 1
+    assert 1 / moved(1.0) <= math.exp(0.3 * 2 / 2)
+
+
+def test_moves_fade_with_evidence_and_with_the_schedule():
+    policy, half = after_first_steps(), after_first_steps()
+    steps = []
+    for _ in range(40):
+        before = policy.step_size
+        policy.observe_end([-1.0], [-0.1], [1], 1.0)
+        half.observe_end([-1.0], [-0.1], [1], 0.5)
+        steps.append(math.log(policy.step_size / before))
+    assert steps[-1] == pytest.approx(steps[0] * math.sqrt(4 / 43), rel=0.01)
+    start = math.log(after_first_steps().step_size)
+    assert math.log(half.step_size) - start == pytest.approx((math.log(policy.step_size) - start) / 2)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_unit_of_the_loss_does_not_matter(scale):
+    policies = started(), started()
+    torch.manual_seed(0)
+    for _ in range(60):
+        starts, ends = (-torch.rand(3)).tolist(), torch.randn(3).tolist()
+        for policy, unit in zip(policies, (1, scale), strict=True):
+            policy.observe_end([unit * s for s in starts], [unit * e for e in ends], [5, 6, 7], 0.9)
+    assert policies[0].step_size == pytest.approx(policies[1].step_size, rel=1e-9)
+
+
+def test_slopes_are_those_of_the_loss_parameter_by_parameter(monkeypatch):
+    """Along the move that was made: at its start on its own batch, at its end on the next; clipping divided out."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(4, dtype=torch.double)), torch.nn.Parameter(torch.randn(3, 2).double())]
+    optimizer, seen, moved = LQA(torch.optim.AdamW(params, lr=1.0), warmup=0), [], None
+    monkeypatch.setattr(optimizer.policy, "observe_end", lambda *slopes: seen.append(slopes))
+    for step in range(4):
+        scale = 1.0 + step
+
+        def loss(scale=scale):
+            return scale * sum((p**4).sum() for p in params)
+
+        gradients = torch.autograd.grad(loss(), params)
+        optimizer.zero_grad()
+        loss().backward()
+        ends = None if moved is None else [float((g * m).sum()) for g, m in zip(gradients, moved, strict=True)]
+        norm = torch.nn.utils.clip_grad_norm_(params, 0.1)
+        optimizer.observe_clipping(norm, 0.1)
+        before = [p.detach().clone() for p in params]
+        optimizer.step(loss)
+        if ends is not None:
+            found_starts, found_ends, sizes, factor = seen[-1]
+            assert found_starts == pytest.approx(starts) and sizes == [4, 6] and factor == 1
+            assert found_ends == pytest.approx([end / step_size for end in ends])
+            assert optimizer.last_end_slope == pytest.approx(sum(ends) / step_size)
+        moved = [p.detach() - b for p, b in zip(params, before, strict=True)]
+        step_size = optimizer.step_size
+        starts = [float((g * m).sum()) / step_size for g, m in zip(gradients, moved, strict=True)]
+    assert len(seen) == 3
