@@ -47,14 +47,14 @@ class _Move:
     Attributes:
         step_size: as it was applied; 0 where there was no such step.
         factor: what multiplied the level in it, schedule and ramp.
-        sizes: elements of each parameter that it moved.
-        starts: slopes of each at its start, on its own batch; read from the device together with `ends`.
+        places: which of the optimizer's parameters it moved.
+        starts: slopes of each at its start, on its own batch, or nothing; read from the device together with `ends`.
         ends: slopes of each at its end, on the next batch; `None` until measured.
     """
 
     step_size: float = 0.0
     factor: float = 0.0
-    sizes: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     starts: Tensor | list[float] = field(default_factory=list)
     ends: list[float] | None = None
 
@@ -216,7 +216,7 @@ class LQA(torch.optim.Optimizer):
             norm, *slopes = self._read(observed_norm, move.starts, self._snapshot.slopes())
         elif self._clipping is not None:
             (norm,) = self._read(observed_norm)
-        starts, ends = slopes[: len(move.sizes)], slopes[len(move.sizes) :]
+        starts, ends = slopes[: -len(move.places)], slopes[-len(move.places) :]
         if not all(map(math.isfinite, (norm, *ends))):
             self._skip()
             return
@@ -241,7 +241,9 @@ class LQA(torch.optim.Optimizer):
         if move.ends is not None:
             assert isinstance(move.starts, list)
             self.last_end_slope, self._move = sum(move.ends), _Move()
-            self.policy.observe_end(move.starts, move.ends, move.sizes, move.factor)
+            sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+            starts, ends = (_spread(slopes, move.places, len(sizes)) for slopes in (move.starts, move.ends))
+            self.policy.observe_end(starts, ends, sizes, move.factor)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
@@ -308,8 +310,12 @@ class LQA(torch.optim.Optimizer):
                 group["lr"] = value
         if observed:
             snapshot, step_size = self._snapshot_memory(), scale * multiplier
-            sizes, starts = [p.numel() for p in snapshot.params], snapshot.slopes() / (step_size * clip)
-            self._move = _Move(step_size, self.policy.factor(step) * multiplier, sizes, starts)
+            starts: Tensor | list[float] = []
+            if self.policy.wants_start_slope(step):
+                starts = snapshot.slopes() / (step_size * clip)
+            place = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            places = [place[p] for p in snapshot.params]
+            self._move = _Move(step_size, self.policy.factor(step) * multiplier, places, starts)
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -395,6 +401,12 @@ class LQA(torch.optim.Optimizer):
 def _scalar(value: Tensor | float | list[float]) -> Tensor | float | list[float]:
     """`value`, gathered if it is sharded."""
     return full(value) if isinstance(value, Tensor) else value
+
+
+def _spread(values: list[float], places: list[int], count: int) -> list[float]:
+    """A list of `count` numbers with `values` at `places`, and 0 elsewhere; nothing if there are no values."""
+    at = dict(zip(places, values, strict=False))
+    return [at.get(i, 0.0) for i in range(count)] if values else []
 
 
 def _to_plain(probe: ProbeRecord) -> dict[str, Any]:

@@ -74,6 +74,10 @@ class PaperPolicy:
         """Whether the slope at the end of step `step` is to be observed: a copy of the weights until the next step."""
         return False
 
+    def wants_start_slope(self, step: int) -> bool:
+        """Whether `observe_end` wants to know the slope at the start of that step, too."""
+        return False
+
     def factor(self, step: int) -> float:
         """What multiplies the step size at step `step`, beside the schedule."""
         return 1.0
@@ -107,7 +111,8 @@ class PaperPolicy:
         """Take the slopes at both ends of a step, ``<gradient, move> / step_size`` of each parameter.
 
         Args:
-            starts: at its start, on the step's own batch; loss per unit step, negative where the loss falls.
+            starts: at its start, on the step's own batch; loss per unit step, negative where the loss falls. Empty
+                unless `wants_start_slope`.
             ends: at its end, on the next batch.
             sizes: number of elements of each parameter.
             factor: what multiplied the level in that step: schedule and ramp.
@@ -149,7 +154,8 @@ class CrossBatchPolicy(PaperPolicy):
         r = median of end_i / |start_i|         start_i = <gradient_t, move_t>_i, end_i = <gradient_{t+1}, move_t>_i
 
     over the parameters ``i``, each as often as it has elements, is -1 where a step was far too short, 0 at the
-    minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). The level is found in two phases.
+    minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages (decay 0.8);
+    later ``start`` is the last of them, a scale. The level is found in two phases.
 
     **The first steps**, twice `warmup` of them and at least 12. The level starts at 3 probe radii. In the ramp (12
     steps at least) it follows the slope per unit step as the base optimizer's moments settle, to where a step changes
@@ -163,13 +169,13 @@ class CrossBatchPolicy(PaperPolicy):
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
 
-        v      = r - aim |r_0|                      r_0: the lowest of the averaged ratios of the first steps
-        z      = v / rms(v), clipped to [-2, 2]     rms: exponential average of v**2 with decay 0.9, bias-corrected
-        level *= exp(-eta f z / sqrt(k + 4))
+        z      = clip(r / rms(r), -2, 2) - 0.5 |r_0|        r_0: the lowest averaged ratio of the first steps
+        level *= exp(-eta f z / sqrt(k + 4))                rms: root of the average of r**2, decay 0.9, bias-corrected
 
     Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
-    shrinks the steps: a short step's slope says little about a long one. The aim lies a little beyond the minimum,
-    because the schedule will shorten steps, and a step that is a bit too long costs less than one that is too short.
+    shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
+    further beyond the minimum lies the aim: what a step overshoots along steep directions the schedule's end takes
+    back, what it gains along flat ones stays.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
@@ -189,7 +195,7 @@ class CrossBatchPolicy(PaperPolicy):
     _FIRST: ClassVar[float] = 3.0
     _SETTLED: ClassVar[float] = 4 / 3
     _SETTLING: ClassVar[float] = 0.3
-    _AIM: ClassVar[float] = 0.15
+    _AIM: ClassVar[float] = 0.5
     _BELIEVED: ClassVar[float] = 0.5
     _DECAY: ClassVar[float] = 0.9
     #: Of the averages in the first steps.
@@ -249,6 +255,9 @@ class CrossBatchPolicy(PaperPolicy):
         distance = int((1 + math.sqrt(1 + 8 * since / self._DENSE)) / 2)
         return step % distance == 0
 
+    def wants_start_slope(self, step: int) -> bool:
+        return step < self._first_steps
+
     def factor(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
@@ -263,32 +272,35 @@ class CrossBatchPolicy(PaperPolicy):
     def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
         if self.step_size is None:
             return
-        if self.first_observations < self._first_steps:
+        if starts:
             self._observe_first(starts, ends, sizes)
             return
-        v = end_ratio(starts, ends, sizes) + self._AIM * self.lowest
-        square = v * v
+        known = len(self.starts)
+        if len(ends) < known:
+            return
+        # Parameters that were added later are without a scale.
+        ratio = end_ratio(self.starts, ends[:known], sizes[:known])
+        square = ratio * ratio
         if not 0 < square < math.inf:
             return
         self.mean_square = self._DECAY * self.mean_square + (1 - self._DECAY) * square
         rms = math.sqrt(self.mean_square / (1 - self._DECAY ** (self.observations + 1)))
-        z = min(max(v / rms, -self._MAX_Z), self._MAX_Z)
+        z = min(max(ratio / rms, -self._MAX_Z), self._MAX_Z) + self._AIM * self.lowest
         gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
         self._set_level(self.step_size * math.exp(-gain * z))
         self.observations += 1
 
     def _observe_first(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> None:
         """Take an observation of the first steps, with the averages as of an exponential decay from zero."""
-        if not all(map(math.isfinite, (*starts, *ends))):
+        if not all(map(math.isfinite, (*starts, *ends))) or len(starts) != len(self.starts or starts):
             return
-        self.first_observations += 1
-        if len(starts) != len(self.starts):
-            # The first, or other parameters have gradients now.
+        self.first_observations = count = self.first_observations + 1
+        if count == 1:
             self.starts, self.ends = [0.0] * len(starts), [0.0] * len(starts)
         keep = self._FIRST_DECAY
         self.starts = [keep * old + (1 - keep) * new for old, new in zip(self.starts, starts, strict=True)]
         self.ends = [keep * old + (1 - keep) * new for old, new in zip(self.ends, ends, strict=True)]
-        count, warmup = self.first_observations, max(self.warmup or 0, 3)
+        warmup = max(self.warmup or 0, 3)
         slope = abs(sum(self.starts)) / (1 - keep**count)
         if count == 1:
             self.first_slope = slope
@@ -304,8 +316,6 @@ class CrossBatchPolicy(PaperPolicy):
             growth = (self._BELIEVED / (1 + ratio)) ** (1 / warmup)
             self.growth, level = self.growth * growth, level * growth
         self._set_level(level)
-        if count == self._first_steps:
-            self.starts, self.ends = [], []
 
     def _set_level(self, level: float) -> None:
         if 0 < level < math.inf:

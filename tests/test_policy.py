@@ -39,7 +39,6 @@ def test_the_level_follows_the_slope_as_the_moments_settle():
 
 def test_where_the_slope_is_no_noise_the_level_grows_to_where_half_of_it_is_left():
     for ratio, growth in ((-0.9, 5.0), (-0.75, 2.0), (-0.4, 1.0), (0.5, 1.0)):
-        # One ramp after the other: the last twelve observations cannot know that steps have grown.
         policy = after_first_steps(ratio)
         assert policy.growth == pytest.approx(growth ** (23 / 12)), ratio
 
@@ -56,13 +55,14 @@ def test_afterwards_it_aims_a_little_beyond_the_minimum():
     def moved(ratio):
         policy = after_first_steps(-0.4)
         before = policy.step_size
-        policy.observe_end([-1.0], [ratio], [1], 1.0)
+        policy.observe_end([], [ratio], [1], 1.0)
         return policy.step_size / before
 
-    assert moved(-0.1) > 1 and moved(0.0) > 1 and moved(0.05) > 1
-    assert moved(0.15 * 0.4) == pytest.approx(1, abs=0.2)
-    assert moved(0.07) < 1 and moved(1.0) < 1
-    assert 1 / moved(1.0) <= math.exp(0.3 * 2 / 2)
+    # A first observation is as large as its own recent size: 1 in the units of the aim, which is 0.5 * 0.4 here.
+    gain = 0.3 / 2
+    assert moved(-0.1) == pytest.approx(math.exp(gain * (1 + 0.5 * 0.4)))
+    assert moved(0.1) == moved(0.7) == pytest.approx(math.exp(-gain * (1 - 0.5 * 0.4)))
+    assert moved(0.0) == 1, "no observation"
 
 
 def test_moves_fade_with_evidence_and_with_the_schedule():
@@ -70,8 +70,8 @@ def test_moves_fade_with_evidence_and_with_the_schedule():
     steps = []
     for _ in range(40):
         before = policy.step_size
-        policy.observe_end([-1.0], [-0.1], [1], 1.0)
-        half.observe_end([-1.0], [-0.1], [1], 0.5)
+        policy.observe_end([], [-0.1], [1], 1.0)
+        half.observe_end([], [-0.1], [1], 0.5)
         steps.append(math.log(policy.step_size / before))
     assert steps[-1] == pytest.approx(steps[0] * math.sqrt(4 / 43), rel=0.01)
     start = math.log(after_first_steps().step_size)
@@ -82,10 +82,10 @@ def test_moves_fade_with_evidence_and_with_the_schedule():
 def test_the_unit_of_the_loss_does_not_matter(scale):
     policies = started(), started()
     torch.manual_seed(0)
-    for _ in range(60):
+    for step in range(60):
         starts, ends = (-torch.rand(3)).tolist(), torch.randn(3).tolist()
         for policy, unit in zip(policies, (1, scale), strict=True):
-            policy.observe_end([unit * s for s in starts], [unit * e for e in ends], [5, 6, 7], 0.9)
+            policy.observe_end([unit * s for s in starts if step < 24], [unit * e for e in ends], [5, 6, 7], 0.9)
     assert policies[0].step_size == pytest.approx(policies[1].step_size, rel=1e-9)
 
 
@@ -93,7 +93,8 @@ def test_slopes_are_those_of_the_loss_parameter_by_parameter(monkeypatch):
     """Along the move that was made: at its start on its own batch, at its end on the next; clipping divided out."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(4, dtype=torch.double)), torch.nn.Parameter(torch.randn(3, 2).double())]
-    optimizer, seen, moved = LQA(torch.optim.AdamW(params, lr=1.0), warmup=0), [], None
+    optimizer, seen = LQA(torch.optim.AdamW(params, lr=1.0), warmup=0), []
+    moved, starts, step_size = None, [], 1.0
     monkeypatch.setattr(optimizer.policy, "observe_end", lambda *slopes: seen.append(slopes))
     for step in range(4):
         scale = 1.0 + step

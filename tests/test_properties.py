@@ -82,7 +82,8 @@ def test_a_policys_step_size_is_never_negative_or_infinite(name, observations):
                 fit = fit_losses(minus, loss, plus, radius, max_step=policy.max_step(loss, slope))
                 policy.observe_probe(fit, radius)
         if before is not None:
-            policy.observe_end([start, slope], [end, minus], [3, 4], 1.0)
+            starts = [start, slope] if policy.wants_start_slope(step) else []
+            policy.observe_end(starts, [end, minus], [3, 4], 1.0)
         assert policy.step_size is None or (math.isfinite(policy.step_size) and policy.step_size > 0), observations
         if not (math.isfinite(end) or math.isfinite(minus)) and before is not None and not policy.wants_probe(step):
             assert policy.step_size == before
@@ -94,8 +95,8 @@ def test_a_policys_step_size_is_never_negative_or_infinite(name, observations):
 def test_the_ends_of_the_floats_range(name, radius, end):
     policy = POLICIES[name]()
     policy.observe_probe(Fit(-1.0, math.nan, None, Verdict.NON_CONVEX), radius)
-    for _ in range(1000):
-        policy.observe_end([-1.0], [end], [1], 1.0)
+    for step in range(1000):
+        policy.observe_end([-1.0] if policy.wants_start_slope(step) else [], [end], [1], 1.0)
         assert 0 < policy.step_size < math.inf
 
 
@@ -113,5 +114,5 @@ def test_a_policy_survives_its_state_dict(name, observations, stop):
             radius = policy.radius(loss, -slope)
             fit = fit_losses(loss + slope * radius, loss, loss - 0.9 * slope * radius, radius)
             policy.observe_probe(fit, radius)
-            policy.observe_end([-slope], [end - slope], [1], 1.0)
+            policy.observe_end([-slope] if policy.wants_start_slope(step) else [], [end - slope], [1], 1.0)
     assert straight == resumed
