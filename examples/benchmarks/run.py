@@ -538,6 +538,10 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             [f"sgd@{rate}+warmup+momentum=0.9" for rate in ("3e-3", "1e-2", "3e-2")],
             [0],
         ),
+        "lenet12": (paper.TASKS[3:], ["lqa", "lqa_sgd", *adamw("1e-4", "3e-2"), *paper_methods], [0, 1, 2]),
+        "paper1000": (paper.TASKS[:3], ["lqa", *adamw("1e-2", "3e-1")], [0, 1, 2], {"max_steps": 1000}),
+        "language12": (("smollm2",), ["lqa", *adamw("1e-4", "3e-4")], [1, 2]),
+        "lora12": (("smollm2_lora",), ["lqa", *adamw("1e-3", "3e-3")], [1, 2]),
         "lqa_variants": (("trec6", "vader_tweets"), ["lqa_paper", "lqa_sgd"], [0]),
         "smollm2": (("smollm2",), adamw("1e-5", "1e-3"), [0]),
         "smollm2_lora": (("smollm2_lora",), adamw("1e-4", "1e-2"), [0]),
@@ -545,7 +549,8 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
     }
     for stage in stages:
         if stage in table:
-            add(*table[stage])
+            tasks, methods, seeds, *changes = table[stage]
+            add(tasks, methods, seeds, **(changes[0] if changes else {}))
         elif stage == "adamw12":
             for task, rates in NEAR_THE_BEST.items():
                 add((task,), [f"adamw@{rate}+warmup" for rate in rates], [1, 2])
@@ -561,8 +566,8 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             ):
                 add(("trec6",), few, [0], **changes)
         elif stage == "longer":
-            for changes in ({"max_steps": 400}, {"max_length": 32}):
-                add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], **changes)
+            add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0], max_steps=300)
+            add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], max_length=32)
         elif stage.startswith("insensitivity"):
             add((stage.partition(":")[2] or "trec6",), [f"lqa+{change}" for change in CHANGES], [0])
         else:
@@ -583,7 +588,19 @@ CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "warmup=3", "warmup=1
 CHANGES += ["probe_interval=50", "probe_interval=200"]
 STAGES = ["lqa_text", "adamw0", "lqa12", "adamw12", "paper", "lqa_paper_tasks", "paper_peers", "peers", "default"]
 STAGES += ["insensitivity", "variations", "lqa_lenet", "lenet", "lenet_peers", "adamw_ends", "paper12", "lqa_variants"]
-STAGES += ["smollm2_lora", "smollm2", "lqa_smollm2", "sgd", "peers_rest", "insensitivity:vader_tweets", "longer"]
+STAGES += [
+    "lenet12",
+    "paper1000",
+    "smollm2_lora",
+    "smollm2",
+    "lqa_smollm2",
+    "language12",
+    "lora12",
+    "sgd",
+    "peers_rest",
+    "insensitivity:vader_tweets",
+    "longer",
+]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
