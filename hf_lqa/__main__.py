@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import io
 import os
@@ -87,8 +88,11 @@ def main() -> None:
         sys.exit(2)
     patch_trainer()
     run_script(script, sys.argv[2:])
-    # Scripts leave it to the interpreter's exit, where gloo's threads may outlive the group and abort the process.
+    # Left to the interpreter's exit, gloo's threads abort the process or hang: they need the interpreter's lock to let
+    # go of their last tensors. Destroying the group waits for them without it, but only where nothing else holds the
+    # group, as the DDP model in a Trainer's reference cycle does.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -93,4 +94,5 @@ if __name__ == "__main__":
     allow_fsdp_on_cpu()
     main()
     if torch.distributed.is_initialized():
+        gc.collect()  # the DDP model before the group that it holds, as `python -m hf_lqa` does
         torch.distributed.destroy_process_group()
