@@ -481,7 +481,7 @@ def identity(task: str, method: str, seed: int, options: argparse.Namespace) -> 
 #: Of the tasks for which an option was not given. Of the text tasks they are the quickstart's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"max_steps": 220, "batch_size": 16, "max_length": 64, "max_eval_samples": None},
-    "language": {"max_steps": 30, "batch_size": 2, "max_length": 64, "max_eval_samples": 16},
+    "language": {"max_steps": 20, "batch_size": 2, "max_length": 64, "max_eval_samples": 16},
     "paper": {"max_steps": 200, "batch_size": 128, "max_length": None, "max_eval_samples": None},
 }
 #: Of the table of text tasks: what one core can do.
