@@ -569,7 +569,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0], max_steps=300)
             add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], max_length=32)
         elif stage.startswith("insensitivity"):
-            add((stage.partition(":")[2] or "trec6",), [f"lqa+{change}" for change in CHANGES], [0])
+            add((stage.partition(":")[2] or "trec6",), [f"lqa+{change}" for change in CHANGES], [0, 1, 2])
         else:
             raise SystemExit(f"--table {stage}: choose from {', '.join(STAGES)}")
     return runs
