@@ -122,13 +122,16 @@ def tables_of(runs: list[Run]) -> dict[tuple[str, Setting], Table]:
 
 
 def main_tables(tables: dict[tuple[str, Setting], Table]) -> list[Table]:
-    """Of each task the setting in which most methods ran, batches drawn at random."""
+    """Of each task the setting in which most methods ran, batches drawn at random; of several the one of most steps."""
     chosen = []
     for task in [*TASKS, *sorted({task for task, _ in tables} - set(TASKS))]:
         own = [table for (name, _), table in tables.items() if name == task]
         if own:
             grouped = SETTING.index("group_by_length")
-            chosen.append(max(own, key=lambda table: (not table.setting[grouped], len(table.methods))))
+            steps = SETTING.index("max_steps")
+            chosen.append(
+                max(own, key=lambda table: (not table.setting[grouped], len(table.methods), table.setting[steps]))
+            )
     return chosen
 
 

@@ -481,7 +481,7 @@ def identity(task: str, method: str, seed: int, options: argparse.Namespace) -> 
 #: Of the tasks for which an option was not given. Of the text tasks they are the quickstart's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"max_steps": 220, "batch_size": 16, "max_length": 64, "max_eval_samples": None},
-    "language": {"max_steps": 20, "batch_size": 2, "max_length": 64, "max_eval_samples": 16},
+    "language": {"max_steps": 100, "batch_size": 2, "max_length": 64, "max_eval_samples": 16},
     "paper": {"max_steps": 200, "batch_size": 128, "max_length": None, "max_eval_samples": None},
 }
 #: Of the table of text tasks: what one core can do.
@@ -542,6 +542,8 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
         "paper1000": (paper.TASKS[:3], ["lqa", *adamw("1e-2", "3e-1")], [0, 1, 2], {"max_steps": 1000}),
         "language12": (("smollm2",), ["lqa", *adamw("1e-4", "3e-4")], [1, 2]),
         "lora12": (("smollm2_lora",), ["lqa", *adamw("1e-3", "3e-3")], [1, 2]),
+        "short": (("smollm2",), ["lqa", *adamw("1e-5", "1e-3")], [0, 1, 2], {"max_steps": 20}),
+        "short_lora": (("smollm2_lora",), ["lqa", *adamw("1e-4", "1e-2")], [0, 1, 2], {"max_steps": 20}),
         "lqa_variants": (("trec6", "vader_tweets"), ["lqa_paper", "lqa_sgd"], [0]),
         "smollm2": (("smollm2",), adamw("1e-5", "1e-3"), [0]),
         "smollm2_lora": (("smollm2_lora",), adamw("1e-4", "1e-2"), [0]),
@@ -596,6 +598,8 @@ STAGES += [
     "lqa_smollm2",
     "language12",
     "lora12",
+    "short",
+    "short_lora",
     "sgd",
     "peers_rest",
     "insensitivity:vader_tweets",
