@@ -557,7 +557,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             for task, rates in NEAR_THE_BEST.items():
                 add((task,), [f"adamw@{rate}+warmup" for rate in rates], [1, 2])
         elif stage == "variations":
-            few = ["lqa", *adamw("1e-4", "1e-3")]
+            few = ["lqa", *adamw("1e-4", "3e-4")]
             for changes in (
                 {"batch_size": 4},
                 {"batch_size": 32},
@@ -566,9 +566,10 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
                 {"schedule": "constant"},
                 {"max_grad_norm": 0.0},
             ):
-                add(("trec6",), few, [0], **changes)
+                add(("trec6",), few, [0, 1, 2], **changes)
+                add(("trec6",), adamw("1e-3", "1e-3"), [0], **changes)
         elif stage == "longer":
-            add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0], max_steps=300)
+            add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0, 1, 2], max_steps=300)
             add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], max_length=32)
         elif stage.startswith("insensitivity"):
             add((stage.partition(":")[2] or "trec6",), [f"lqa+{change}" for change in CHANGES], [0, 1, 2])
