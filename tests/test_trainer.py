@@ -224,3 +224,11 @@ def test_it_says_what_it_does(tmp_path, capsys):
     assert "LQA: AdamW direction, policy cross_batch" in out
     assert "--learning_rate (0.0003) is not used" in out
     assert "probe forwards" in out
+
+
+@pytest.mark.parametrize(
+    "optim, schedule, advised", [("lqa", "constant", True), ("lqa", "linear", False), ("lqa_paper", "constant", False)]
+)
+def test_a_schedule_that_decays_is_advised(optim, schedule, advised, tmp_path, capsys):
+    trained(tmp_path, optim=optim, lr_scheduler_type=schedule, max_steps=1)
+    assert ("choose one that decays" in capsys.readouterr().out) == advised
