@@ -499,10 +499,12 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
     """The runs of the report, in the order in which they are worth having."""
     runs: list[tuple[str, str, int, argparse.Namespace]] = []
 
-    def add(tasks: tuple[str, ...], methods: list[str], seeds: list[int], **changes: Any) -> None:
+    def add(
+        tasks: tuple[str, ...], methods: list[str], seeds: list[int], changes: dict[str, Any] | None = None
+    ) -> None:
         for seed in seeds:
             for task in tasks:
-                own = {**(TABLE if task in TEXTS else {}), **changes}
+                own = {**(TABLE if task in TEXTS else {}), **(changes or {})}
                 runs.extend((task, method, seed, filled(task, options, **own)) for method in methods)
 
     half_decades = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1"]
@@ -551,8 +553,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
     }
     for stage in stages:
         if stage in table:
-            tasks, methods, seeds, *changes = table[stage]
-            add(tasks, methods, seeds, **(changes[0] if changes else {}))
+            add(*table[stage])
         elif stage == "adamw12":
             for task, rates in NEAR_THE_BEST.items():
                 add((task,), [f"adamw@{rate}+warmup" for rate in rates], [1, 2])
@@ -566,11 +567,11 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
                 {"schedule": "constant"},
                 {"max_grad_norm": 0.0},
             ):
-                add(("trec6",), few, [0, 1, 2], **changes)
-                add(("trec6",), adamw("1e-3", "1e-3"), [0], **changes)
+                add(("trec6",), few, [0, 1, 2], changes)
+                add(("trec6",), adamw("1e-3", "1e-3"), [0], changes)
         elif stage == "longer":
-            add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0, 1, 2], max_steps=300)
-            add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], max_length=32)
+            add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0, 1, 2], {"max_steps": 300})
+            add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], {"max_length": 32})
         elif stage.startswith("insensitivity"):
             add((stage.partition(":")[2] or "trec6",), [f"lqa+{change}" for change in CHANGES], [0, 1, 2])
         else:
