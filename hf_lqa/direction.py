@@ -29,6 +29,9 @@ _PIECE = 2**16
 #: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
 _REHEARSAL_PIECE = 2**19
 
+#: Elements of a tensor that is worth leaving out.
+_WORTH_SPARING = 2**20
+
 #: Optimizers whose update of an element depends on that element's gradient and state, and through nothing but weight
 #: decay on its weight.
 _ELEMENTWISE = tuple(
@@ -322,13 +325,24 @@ class Direction:
         return self.unit * dot([p.grad.detach() for p in self.params if p.grad is not None], self.tensors)
 
 
+def worth_observing(params: list[Tensor]) -> list[Tensor]:
+    """The parameters whose end slopes are worth their cost: no tensor that alone holds over a quarter of the weights.
+
+    In small models with many words this is the table of word vectors: half of the weights, and one voice in the median
+    of all parameters. All of them where too little would be left, or where there is little to spare.
+    """
+    total = sum(p.numel() for p in params)
+    kept = [p for p in params if 4 * p.numel() <= total or p.numel() < _WORTH_SPARING]
+    return kept if 8 * sum(p.numel() for p in kept) >= total else params
+
+
 class Snapshot:
     """The weights that a step started from, in one copy, kept for the next batch's gradient.
 
     Used again from step to step, because fresh memory costs more than the copying.
 
     Args:
-        params: the parameters that have a gradient.
+        params: parameters that have a gradient.
         values: their values when the step started, from a checkpoint; memory for them is allocated if not given.
     """
 
@@ -349,6 +363,11 @@ class Snapshot:
         gradients = [p.grad.detach() if p.grad is not None else torch.zeros_like(p) for p in self.params]
         parts = zip(local(gradients), local([p.detach() for p in self.params]), local(self.values), strict=True)
         return _shares(gradients, [_product(*part) for part in parts])
+
+    def values_of(self, params: list[Tensor]) -> list[Tensor]:
+        """Memory like each of `params`: the snapshot's where it has it, else new."""
+        known = dict(zip(self.params, self.values, strict=True))
+        return [known[p] if p in known else torch.empty_like(p, requires_grad=False) for p in params]
 
     def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
         """`values` by each parameter's number in an optimizer's `state_dict`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Direction, Snapshot, full, is_sharded, mean_over_ranks, with_gradient
+from .direction import Direction, Snapshot, full, is_sharded, mean_over_ranks, with_gradient, worth_observing
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
 
@@ -47,7 +47,7 @@ class _Move:
     Attributes:
         step_size: as it was applied; 0 where there was no such step.
         factor: what multiplied the level in it, schedule and ramp.
-        places: which of the optimizer's parameters it moved.
+        places: which of the optimizer's parameters it moved and are observed.
         starts: slopes of each at its start, on its own batch, or nothing; read from the device together with `ends`.
         ends: slopes of each at its end, on the next batch; `None` until measured.
     """
@@ -253,7 +253,7 @@ class LQA(torch.optim.Optimizer):
 
     def _probe(self, closure: Callable[[], Tensor], lr: list[float], clip: float) -> tuple[ProbeRecord, float]:
         """Measure along the direction at relative rates `lr`: (record, ``<gradient, direction>``)."""
-        direction = Direction(self.base, lr, self._snapshot_memory().values)
+        direction = Direction(self.base, lr, self._snapshot_memory().values_of(with_gradient(self.base)))
         known: Tensor | None = getattr(closure, "loss", None)
         center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
         forwards = 0 if known is not None else 1
@@ -287,8 +287,10 @@ class LQA(torch.optim.Optimizer):
         return probe, slope
 
     def _snapshot_memory(self) -> Snapshot:
-        """The snapshot of the parameters that this step moves."""
+        """The snapshot of the parameters that this step moves, or of those of them whose end slopes are observed."""
         params = with_gradient(self.base)
+        if self.policy.observes_ends:
+            params = worth_observing(params)
         if self._snapshot is None or not _same(self._snapshot.params, params):
             self._snapshot = Snapshot(params)
         return self._snapshot
@@ -395,7 +397,9 @@ class LQA(torch.optim.Optimizer):
         # Cast and placed by the base's load_state_dict like its own state.
         values = {p: s.pop(_SNAPSHOT_KEY) for p, s in self.state.items() if _SNAPSHOT_KEY in s}
         self._move = _Move(**own["move"])
-        self._snapshot = Snapshot(list(values), list(values.values())) if self._move.awaits_ends else None
+        params = [p for group in self.param_groups for p in group["params"]]
+        moved = [params[place] for place in self._move.places]
+        self._snapshot = Snapshot(moved, [values[p] for p in moved]) if self._move.awaits_ends else None
 
 
 def _scalar(value: Tensor | float | list[float]) -> Tensor | float | list[float]:

@@ -42,6 +42,8 @@ class PaperPolicy:
     """
 
     name: ClassVar[str] = "paper"
+    #: Whether it ever wants an end slope.
+    observes_ends: ClassVar[bool] = False
     _MAX_RADIUS_SCALE: ClassVar[float] = 16.0
 
     tau: float = 0.03
@@ -118,8 +120,18 @@ class PaperPolicy:
             factor: what multiplied the level in that step: schedule and ramp.
         """
 
-    def plan(self, total_steps: int) -> None:
-        """Take note of how many steps training has, where that is known."""
+    def plan(self, total_steps: int, final_factor: float = 0.0) -> None:
+        """Take note of what is known of the schedule: to be called before the first step.
+
+        Args:
+            total_steps: how many steps training has, ``>= 1``.
+            final_factor: the schedule's factor at its end, in [0, 1]: 0 for a linear one, 1 for a constant one.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        _require(total_steps >= 1, "total_steps", total_steps, "must be an integer >= 1")
+        _require(0 <= final_factor <= 1, "final_factor", final_factor, "must be in [0, 1]")
 
     def _adapt_radius(self, fit: Fit) -> None:
         if fit.verdict is Verdict.BELOW_NOISE:
@@ -153,35 +165,40 @@ class CrossBatchPolicy(PaperPolicy):
 
         r = median of end_i / |start_i|         start_i = <gradient_t, move_t>_i, end_i = <gradient_{t+1}, move_t>_i
 
-    over the parameters ``i``, each as often as it has elements, is -1 where a step was far too short, 0 at the
-    minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages (decay 0.8);
-    later ``start`` is the last of them, a scale. The level is found in two phases.
+    over the parameters ``i``, weighted by the root of their number of elements, is -1 where a step was far too short,
+    0 at the minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages
+    (decay 0.8); later ``start`` is the last of them, a scale. The level is found in two phases.
 
-    **The first steps**, twice `warmup` of them and at least 12. The level starts at 3 probe radii. In the ramp (12
-    steps at least) it follows the slope per unit step as the base optimizer's moments settle, to where a step changes
-    its batch's loss to first order by the share ``4/3 tau``:
+    **The first steps** are those of the ramp, `warmup` of them, and at least 12. The level starts at 3 probe radii, and
+    follows the slope per unit step as the base optimizer's moments settle, to where a step changes its batch's loss to
+    first order by the share ``4/3 tau``:
 
         target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.3
 
     Where the averaged ``r`` is below -0.5 little of the batch's slope is noise, and the parabola through both slopes
-    can be believed: in `warmup` steps the level grows by ``0.5 / (1 + r)``, to where half of the slope would be left.
+    can be believed: in half of `warmup` steps the level grows by ``0.5 / (1 + r)``, to where half of the slope would be
+    left.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
 
-        z      = clip(r / rms(r), -2, 2) - 0.5 |r_0|        r_0: the lowest averaged ratio of the first steps
-        level *= exp(-eta f z / sqrt(k + 4))                rms: root of the average of r**2, decay 0.9, bias-corrected
+        z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
+        level *= exp(-eta f z / sqrt(k + 4))
+        aim    = 0.5 |r_0| - 0.7 (1 - |r_0|) rest         r_0: the lowest averaged ratio of the first steps
+        rest   = 1 - (1 - final_factor) min(1, 100 / total_steps)
 
     Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
     shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
     further beyond the minimum lies the aim: what a step overshoots along steep directions the schedule's end takes
-    back, what it gains along flat ones stays.
+    back, what it gains along flat ones stays. The more of it is noise, the further short of the minimum, unless the
+    run is soon over and a schedule takes the noise back: a long run, or one whose end is not known, pays for it in
+    every step. And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
-    Probes are dense at the start and rare later: at steps 0, 4, 16, 64, ... and every `probe_interval`. They give the
+    Probes are dense at the start and rare later: at steps 0, 8, 64, ... and every `probe_interval`. They give the
     first level; later ones are measurements, which the level does not depend on.
 
     Args:
@@ -192,11 +209,17 @@ class CrossBatchPolicy(PaperPolicy):
     """
 
     name: ClassVar[str] = "cross_batch"
+    observes_ends: ClassVar[bool] = True
     _FIRST: ClassVar[float] = 3.0
     _SETTLED: ClassVar[float] = 4 / 3
     _SETTLING: ClassVar[float] = 0.3
-    _AIM: ClassVar[float] = 0.5
+    _BEYOND: ClassVar[float] = 0.5
+    _SHORT: ClassVar[float] = 0.7
+    #: Steps of a linear schedule with which the minimum itself is the aim, where all of a slope is noise.
+    _HORIZON: ClassVar[int] = 100
     _BELIEVED: ClassVar[float] = 0.5
+    #: Growth in a ramp, as a power of what the parabola says.
+    _GROWTHS: ClassVar[int] = 2
     _DECAY: ClassVar[float] = 0.9
     #: Of the averages in the first steps.
     _FIRST_DECAY: ClassVar[float] = 0.8
@@ -223,12 +246,15 @@ class CrossBatchPolicy(PaperPolicy):
 
     def __post_init__(self) -> None:
         self._planned = self.warmup is None
+        self._rest = 1.0
         self.warmup = 12 if self.warmup is None else self.warmup
         super().__post_init__()
         _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
         _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
 
-    def plan(self, total_steps: int) -> None:
+    def plan(self, total_steps: int, final_factor: float = 0.0) -> None:
+        super().plan(total_steps, final_factor)
+        self._rest = 1 - (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
         if self._planned:
             self.warmup = max(3, min(12, round(0.06 * total_steps)))
 
@@ -236,16 +262,22 @@ class CrossBatchPolicy(PaperPolicy):
     def _first_steps(self) -> int:
         """How many steps the first phase has."""
         assert self.warmup is not None
-        return max(self._FIRST_STEPS, 2 * self.warmup)
+        return max(self._FIRST_STEPS, self.warmup)
+
+    @property
+    def _aim(self) -> float:
+        """Where ``r / rms(r)`` should be; positive beyond the minimum."""
+        signal = abs(self.lowest)
+        return self._BEYOND * signal - self._SHORT * (1 - signal) * self._rest
 
     def cadence(self) -> str:
-        return f"probes at steps 1, 5, 17, 65, ... and every {self.probe_interval}"
+        return f"probes at steps 1, 9, 65, ... and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
         if self.step_size is None or step % self.probe_interval == 0:
             return True
-        # Powers of 4: a single bit, at an even place.
-        return step < self.probe_interval and step & (step - 1) == 0 and step.bit_length() % 2 == 1 and step > 1
+        # Powers of 8: a single bit, at every third place.
+        return 1 < step < self.probe_interval and step & (step - 1) == 0 and step.bit_length() % 3 == 1
 
     def wants_end_slope(self, step: int) -> bool:
         since = step - self._first_steps
@@ -279,13 +311,13 @@ class CrossBatchPolicy(PaperPolicy):
         if len(ends) < known:
             return
         # Parameters that were added later are without a scale.
-        ratio = end_ratio(self.starts, ends[:known], sizes[:known])
+        ratio = end_ratio(self.starts, ends[:known], _weights(sizes[:known]))
         square = ratio * ratio
         if not 0 < square < math.inf:
             return
         self.mean_square = self._DECAY * self.mean_square + (1 - self._DECAY) * square
         rms = math.sqrt(self.mean_square / (1 - self._DECAY ** (self.observations + 1)))
-        z = min(max(ratio / rms, -self._MAX_Z), self._MAX_Z) + self._AIM * self.lowest
+        z = min(max(ratio / rms, -self._MAX_Z), self._MAX_Z) - self._aim
         gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
         self._set_level(self.step_size * math.exp(-gain * z))
         self.observations += 1
@@ -307,19 +339,24 @@ class CrossBatchPolicy(PaperPolicy):
             return
         assert self.step_size is not None
         level = self.step_size
-        if 2 < count <= max(self._FIRST_STEPS, warmup) and slope > 0:
+        if count > 2 and slope > 0:
             target = self._SETTLED * self.first_radius * (self.first_slope / slope) * self.growth
             level *= (target / level) ** self._SETTLING
-        ratio = end_ratio(self.starts, self.ends, sizes)
+        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
         self.lowest = min(self.lowest, 0.0 if math.isnan(ratio) else ratio)
         if ratio < -self._BELIEVED:
-            growth = (self._BELIEVED / (1 + ratio)) ** (1 / warmup)
+            growth = (self._BELIEVED / (1 + ratio)) ** (self._GROWTHS / warmup)
             self.growth, level = self.growth * growth, level * growth
         self._set_level(level)
 
     def _set_level(self, level: float) -> None:
         if 0 < level < math.inf:
             self.step_size = level
+
+
+def _weights(sizes: Sequence[int]) -> list[float]:
+    """How much each parameter counts: as a matrix's side, or the one table of word vectors would outvote all layers."""
+    return [math.sqrt(size) for size in sizes]
 
 
 #: What the optimizer talks to.

@@ -145,30 +145,30 @@ def fit_slopes(slope_start: float, slope_end: float, step_size: float, *, max_st
     return _minimiser(slope_start, (slope_end - slope_start) / step_size, max_step)
 
 
-def end_ratio(starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> float:
+def end_ratio(starts: Sequence[float], ends: Sequence[float], weights: Sequence[float]) -> float:
     """What is left of the slope at the end of a step, for the typical weight: the median of ``end / |start|``.
 
     For a parabola that falls at the start, ``minimiser / step_size = 1 / (1 + end / |start|)``: -1 means that the slope
     has not changed, 0 that the step ended at the minimum, 1 that it went twice as far.
 
-    The median is over parameters, each as often as it has elements, because a few of them (a fresh head, biases)
-    can make up most of a slope while the step size is that of all.
+    The median is over parameters, because a few of them (a fresh head, biases) can make up most of a slope while the
+    step size is that of all.
 
     Args:
         starts, ends: each parameter's share of the slope, loss per unit step; any floats.
-        sizes: its number of elements, ``>= 0``.
+        weights: how much it counts, ``>= 0``.
 
     Returns:
         The median, clipped to [-0.97, 1]; NaN if no parameter has finite slopes with ``start != 0``.
     """
     ratios = sorted(
-        (end / abs(start), size)
-        for start, end, size in zip(starts, ends, sizes, strict=True)
+        (end / abs(start), weight)
+        for start, end, weight in zip(starts, ends, weights, strict=True)
         if math.isfinite(start) and math.isfinite(end) and start != 0
     )
-    half, below = sum(size for _, size in ratios) / 2, 0
-    for ratio, size in ratios:
-        below += size
+    half, below = sum(weight for _, weight in ratios) / 2, 0.0
+    for ratio, weight in ratios:
+        below += weight
         if below >= half:
             return min(max(ratio, -0.97), 1.0)
     return math.nan

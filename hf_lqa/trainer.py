@@ -99,7 +99,7 @@ class LQATrainerMixin(_Trainer):
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if (lqa := self.lqa) is not None:
-            lqa.policy.plan(num_training_steps)
+            lqa.policy.plan(num_training_steps, final_factor(scheduler, num_training_steps))
         return scheduler
 
     @property
@@ -155,6 +155,15 @@ class LQATrainerMixin(_Trainer):
         if (lqa := self.lqa) is not None and "loss" in logs:
             logs.update(measurements(lqa))
         super().log(logs, *args, **kwargs)
+
+
+def final_factor(scheduler: Any, total_steps: int) -> float:
+    """What `scheduler` will multiply the learning rate by at the end of training, in [0, 1].
+
+    1 where it does not say: of those in Transformers these are the ones that lower the rate when the loss stalls.
+    """
+    lambdas = getattr(scheduler, "lr_lambdas", None)
+    return min(max((float(factor(total_steps)) for factor in lambdas), default=1.0), 1.0) if lambdas else 1.0
 
 
 def measurements(lqa: LQA) -> dict[str, float]:
@@ -253,14 +262,11 @@ class Announcement(TrainerCallback):
             lqa.arm(None)
         if lqa is None or not state.is_world_process_zero:
             return
-        schedule, advice = _value(args.lr_scheduler_type), ""
-        if schedule.startswith("constant") and lqa.policy.name == "cross_batch":
-            # Measured: 1.6 times the loss on trec6 (examples/benchmarks/NOTES.md).
-            advice = " It finds the highest rate that works, which a schedule should lower: choose one that decays."
+        schedule = _value(args.lr_scheduler_type)
         print(
             f"LQA: {type(lqa.base).__name__} direction, policy {lqa.policy.name}, {lqa.policy.cadence()};"
             f" --learning_rate ({args.learning_rate:g}) is not used, the {schedule} schedule multiplies the measured"
-            f" step size.{advice}",
+            f" step size.",
             flush=True,
         )
 

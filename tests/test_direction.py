@@ -69,6 +69,18 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
         torch.testing.assert_close(d * found.unit, p.detach() - origin, rtol=1e-9, atol=1e-12)
 
 
+def test_a_tensor_that_is_a_quarter_of_the_weights_is_not_observed():
+    def observed(*sizes):
+        return [p.numel() for p in direction.worth_observing([torch.empty(n, device="meta") for n in sizes])]
+
+    table, layer = 30 * 2**20, 2**20
+    assert observed(table, *[layer] * 40) == [layer] * 40
+    assert observed(table, *[layer] * 100) == [table] + [layer] * 100, "less than a quarter"
+    assert observed(table, table, *[layer] * 10) == [layer] * 10
+    assert observed(table, layer) == [table, layer], "too little would be left"
+    assert observed(300, 100) == [300, 100], "nothing to spare"
+
+
 def test_gradient_descent_takes_no_second_copy():
     _, optimizer = started(torch.optim.SGD, {})
     found = Direction(optimizer, [1.0, 1.0])

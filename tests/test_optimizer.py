@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lqa import LQA, ReplayedLoss, Verdict
+from hf_lqa import LQA, ReplayedLoss, Verdict, direction
 
 DOUBLE = torch.float64
 
@@ -186,13 +186,18 @@ def test_warmup_from_zero_moves_nothing_and_measures_nothing():
     assert optimizer.step_size > 0
 
 
-@pytest.mark.parametrize("policy", ["cross_batch", "paper"])
+@pytest.mark.parametrize("policy", ["cross_batch", "cross_batch, the largest tensor not observed", "paper"])
 @pytest.mark.parametrize("stop", [7, 8, 9, 10])
-def test_resuming_from_the_state_dict_changes_nothing(policy, stop, tmp_path):
+def test_resuming_from_the_state_dict_changes_nothing(policy, stop, tmp_path, monkeypatch):
+    policy, _, spared = policy.partition(",")
+    if spared:
+        monkeypatch.setattr(direction, "_WORTH_SPARING", 1)
     data = list(batches(20))
     model = net()
     optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy=policy)
     train(model, optimizer, data[:stop])
+    if policy == "cross_batch":
+        assert (0 in optimizer._move.places) == (not spared)
     torch.save((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()), tmp_path / "checkpoint.pt")
     train(model, optimizer, data[stop:])
 

@@ -18,10 +18,13 @@ def started(**options):
     return policy
 
 
-def after_first_steps(ratio=0.0, **options):
-    policy = started(**options)
-    for _ in range(24):
+def after_first_steps(ratio=0.0, total_steps=100, final_factor=0.0, **options):
+    policy = started(warmup=12, **options)
+    policy.plan(total_steps, final_factor)
+    for step in range(12):
+        assert policy.wants_start_slope(step)
         policy.observe_end([-1.0], [ratio], [1], 1.0)
+    assert not policy.wants_start_slope(12)
     return policy
 
 
@@ -32,23 +35,29 @@ def test_the_level_follows_the_slope_as_the_moments_settle():
         policy.observe_end([-8.0 if step == 0 else -2.0], [0.0], [1], 1.0)
     settled = 4 / 3 * RADIUS * 8 / 2
     assert policy.step_size == pytest.approx(settled, rel=0.25)
-    level = policy.step_size
-    policy.observe_end([-200.0], [0.0], [1], 1.0)
-    assert policy.step_size == level, "the ramp is over"
 
 
 def test_where_the_slope_is_no_noise_the_level_grows_to_where_half_of_it_is_left():
     for ratio, growth in ((-0.9, 5.0), (-0.75, 2.0), (-0.4, 1.0), (0.5, 1.0)):
         policy = after_first_steps(ratio)
-        assert policy.growth == pytest.approx(growth ** (23 / 12)), ratio
+        assert policy.growth == pytest.approx(growth ** (11 * 2 / 12)), ratio
 
 
 def test_the_slope_of_a_few_weights_does_not_decide():
     policies = started(), started()
-    for _ in range(24):
+    for _ in range(12):
         policies[0].observe_end([-5.0, -1.0], [-5.0, 0.0], [10, 1000], 1.0)
         policies[1].observe_end([-5.0, -1.0], [0.0, 0.0], [10, 1000], 1.0)
     assert policies[0].step_size == policies[1].step_size and policies[0].growth == 1
+
+
+def test_a_table_of_word_vectors_does_not_outvote_the_layers():
+    policies = started(), started()
+    sizes = [30_000 * 400] + 60 * [400 * 400]
+    for policy, ends in zip(policies, ([0.0] + 60 * [-0.9], 61 * [-0.9]), strict=True):
+        for _ in range(12):
+            policy.observe_end(61 * [-1.0], ends, sizes, 1.0)
+    assert policies[0].growth == policies[1].growth > 1
 
 
 def test_afterwards_it_aims_a_little_beyond_the_minimum():
@@ -63,6 +72,42 @@ def test_afterwards_it_aims_a_little_beyond_the_minimum():
     assert moved(-0.1) == pytest.approx(math.exp(gain * (1 + 0.5 * 0.4)))
     assert moved(0.1) == moved(0.7) == pytest.approx(math.exp(-gain * (1 - 0.5 * 0.4)))
     assert moved(0.0) == 1, "no observation"
+
+
+@pytest.mark.parametrize(
+    "total_steps, final_factor, rest",
+    [(50, 0.0, 0.0), (100, 0.0, 0.0), (300, 0.0, 2 / 3), (300, 0.1, 0.7), (100, 1.0, 1.0), (300, 1.0, 1.0)],
+)
+def test_it_aims_the_shorter_the_longer_a_run_and_the_less_its_schedule_decays(total_steps, final_factor, rest):
+    policy = after_first_steps(-0.2, total_steps, final_factor)
+    before = policy.step_size
+    policy.observe_end([], [0.1], [1], 1.0)
+    aim = 0.5 * 0.2 - 0.7 * 0.8 * rest
+    assert math.log(policy.step_size / before) == pytest.approx(-0.3 / 2 * (1 - aim))
+
+
+def test_a_run_whose_end_is_not_known_is_taken_for_one_without_an_end():
+    known, unknown = after_first_steps(-0.2, 100, 1.0), started(warmup=12)
+    for _ in range(12):
+        unknown.observe_end([-1.0], [-0.2], [1], 1.0)
+    for policy in (known, unknown):
+        policy.observe_end([], [0.1], [1], 1.0)
+    assert known.step_size == unknown.step_size
+
+
+def test_where_nothing_is_learned_the_level_falls():
+    policy = after_first_steps(-0.2, 300)
+    before = policy.step_size
+    for step in range(60):
+        policy.observe_end([], [0.1 * (-1) ** step], [1], 1.0)
+    assert policy.step_size < before / 2
+
+
+def test_a_plan_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="total_steps=0"):
+        CrossBatchPolicy().plan(0)
+    with pytest.raises(ValueError, match=r"final_factor=1\.5"):
+        CrossBatchPolicy().plan(100, 1.5)
 
 
 def test_moves_fade_with_evidence_and_with_the_schedule():
@@ -85,7 +130,7 @@ def test_the_unit_of_the_loss_does_not_matter(scale):
     for step in range(60):
         starts, ends = (-torch.rand(3)).tolist(), torch.randn(3).tolist()
         for policy, unit in zip(policies, (1, scale), strict=True):
-            policy.observe_end([unit * s for s in starts if step < 24], [unit * e for e in ends], [5, 6, 7], 0.9)
+            policy.observe_end([unit * s for s in starts if step < 12], [unit * e for e in ends], [5, 6, 7], 0.9)
     assert policies[0].step_size == pytest.approx(policies[1].step_size, rel=1e-9)
 
 

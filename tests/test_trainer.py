@@ -31,7 +31,7 @@ def test_it_trains_and_logs_what_it_chose(tmp_path):
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert rates == logged(trainer, "lqa_step_size")
     assert len(set(rates)) > 10
-    assert trainer.lqa.counts["probe_forwards"] == logged(trainer, "lqa_probe_forwards")[-1] == 2 * len([0, 4, 16])
+    assert trainer.lqa.counts["probe_forwards"] == logged(trainer, "lqa_probe_forwards")[-1] == 2 * len([0, 8])
     state = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())
     assert all(key in state["log_history"][-1] for key in KEYS)
     assert all(math.isfinite(v) for entry in state["log_history"] for v in entry.values())
@@ -227,8 +227,23 @@ def test_it_says_what_it_does(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "optim, schedule, advised", [("lqa", "constant", True), ("lqa", "linear", False), ("lqa_paper", "constant", False)]
+    "schedule, final",
+    [
+        ({"lr_scheduler_type": "linear"}, 0.0),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 2}, 0.0),
+        ({"lr_scheduler_type": "cosine"}, 0.0),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, 0.1),
+        ({"lr_scheduler_type": "constant"}, 1.0),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, 1.0),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 1.0),
+    ],
+    ids=str,
 )
-def test_a_schedule_that_decays_is_advised(optim, schedule, advised, tmp_path, capsys):
-    trained(tmp_path, optim=optim, lr_scheduler_type=schedule, max_steps=1)
-    assert ("choose one that decays" in capsys.readouterr().out) == advised
+def test_the_policy_knows_how_long_it_has_and_what_the_schedule_takes_back(schedule, final, tmp_path):
+    args = arguments(tmp_path, **schedule)
+    trainer = hf_lqa.LQATrainer(tiny_bert(), args, train_dataset=rows(), eval_dataset=rows(8))
+    planned = []
+    trainer.create_optimizer()
+    trainer.lqa.policy.plan = lambda *known: planned.append(known)
+    trainer.create_scheduler(20)
+    assert planned == [(20, pytest.approx(final))]
