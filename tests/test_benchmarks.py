@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
+import cost  # noqa: E402
 import paper  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -246,3 +247,22 @@ def test_synthetic_tasks_are_the_same_each_time():
     batch = train.__getitems__([0, 5])
     assert batch["inputs"].shape == (2, 50) and len(validation) == 1000
     assert model()(**batch)["loss"].item() == pytest.approx(math.log(2), abs=0.5)
+
+
+def test_the_cost_is_measured_in_time_in_memory_and_part_by_part(capsys, monkeypatch):
+    def measured(*arguments):
+        options = ["--models", "llama-16", "--steps", "4", "--length", "4", *arguments]
+        monkeypatch.setattr(sys, "argv", ["cost.py", *options])
+        cost.main()
+        rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:2] == "| "]
+        return {row[0]: row[1:] for row in rows}
+
+    table = measured("--optimizers", "adamw_again", "lqa")
+    assert table["adamw_again"][-1] == "0" and table["lqa"][-1] == "1"
+    assert all(float(table[name][0]) > 0 for name in ("adamw_again", "lqa"))
+    parts = measured("--profile")
+    assert {label for _, _, label in cost.PROFILED} < set(parts)
+    assert all(float(parts[label][0]) > 0 for _, _, label in cost.PROFILED)
+    assert float(parts["whole"][0]) > 1
+    (memory,) = measured("--memory", "--optimizers", "lqa").values()
+    assert 0 <= float(memory[-1]) <= 1.1, "more than a copy of the weights is kept between steps"

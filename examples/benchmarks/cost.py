@@ -313,7 +313,7 @@ PROFILED: list[tuple[Any, str, str]] = [
     (Direction, "move_to", "moves to the probes"),
     (Direction, "restore", "return to the origin"),
     (Direction, "slope", "slope"),
-    (Snapshot, "slope", "end slope"),
+    (Snapshot, "slopes", "slopes at both ends of a step"),
 ]
 
 
