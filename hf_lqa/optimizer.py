@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Direction, Snapshot, full, is_sharded, mean_over_ranks, with_gradient, worth_observing
+from .direction import Direction, with_gradient
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
+from .slopes import Snapshot, full, is_sharded, mean_over_ranks, worth_observing
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
 _GROUP_KEY, _SNAPSHOT_KEY = "lqa", "lqa_snapshot"

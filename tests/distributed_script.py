@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from common import Recorder, arguments, language_rows, rows, tiny_bert, tiny_llama
 from transformers import TrainerCallback
 
-from hf_lqa import LQATrainer, direction, optimizer
+from hf_lqa import LQATrainer, optimizer, slopes
 
 FSDP_CONFIG = {
     "version": 2,
@@ -68,7 +68,7 @@ def run(spec: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(spec.get("train_only", "")))
     # As with a large table of word vectors, whose end slopes are not observed.
-    optimizer.worth_observing = (lambda params: params[1:]) if spec.get("spare") else direction.worth_observing
+    optimizer.worth_observing = (lambda params: params[1:]) if spec.get("spare") else slopes.worth_observing
     options = dict(spec["arguments"])
     if "state_dict_type" in spec:
         config = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": spec["state_dict_type"]}

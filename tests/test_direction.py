@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lqa import direction
-from hf_lqa.direction import Direction, Snapshot, dot
+from hf_lqa import direction, slopes
+from hf_lqa.direction import Direction
+from hf_lqa.slopes import Snapshot, dot
 
 BASES = {
     **{f"{b.__name__}, decay {wd}": (b, {"weight_decay": wd}) for b in direction._ELEMENTWISE for wd in (0.0, 0.1)},
@@ -71,7 +72,7 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
 
 def test_a_tensor_that_is_a_quarter_of_the_weights_is_not_observed():
     def observed(*sizes):
-        return [p.numel() for p in direction.worth_observing([torch.empty(n, device="meta") for n in sizes])]
+        return [p.numel() for p in slopes.worth_observing([torch.empty(n, device="meta") for n in sizes])]
 
     table, layer = 30 * 2**20, 2**20
     assert observed(table, *[layer] * 40) == [layer] * 40

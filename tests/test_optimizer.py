@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lqa import LQA, ReplayedLoss, Verdict, direction
+from hf_lqa import LQA, ReplayedLoss, Verdict, slopes
 
 DOUBLE = torch.float64
 
@@ -191,7 +191,7 @@ def test_warmup_from_zero_moves_nothing_and_measures_nothing():
 def test_resuming_from_the_state_dict_changes_nothing(policy, stop, tmp_path, monkeypatch):
     policy, _, spared = policy.partition(",")
     if spared:
-        monkeypatch.setattr(direction, "_WORTH_SPARING", 1)
+        monkeypatch.setattr(slopes, "_WORTH_SPARING", 1)
     data = list(batches(20))
     model = net()
     optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy=policy)

@@ -40,7 +40,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_lqa import LQA, ReplayedLoss
-from hf_lqa.direction import Direction, Snapshot
+from hf_lqa.direction import Direction
+from hf_lqa.slopes import Snapshot
 
 
 def _adamw(model: nn.Module, lr: float = 1e-5) -> torch.optim.Optimizer:
