@@ -35,6 +35,7 @@ def main() -> None:
 
     optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))  # lr multiplies what is measured
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.steps)
+    optimizer.policy.plan(args.steps, final_factor=0.05)  # what a Trainer would tell it of the schedule
     for step in range(args.steps):
         rows = torch.randint(len(points), (args.batch_size,))
         closure = ReplayedLoss(model)
