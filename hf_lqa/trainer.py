@@ -98,7 +98,7 @@ class LQATrainerMixin(_Trainer):
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
-        if (lqa := self.lqa) is not None:
+        if (lqa := self.lqa) is not None and num_training_steps > 0:  # 0 with num_train_epochs=0
             lqa.policy.plan(num_training_steps, final_factor(scheduler, num_training_steps))
         return scheduler
 

@@ -247,3 +247,7 @@ def test_the_policy_knows_how_long_it_has_and_what_the_schedule_takes_back(sched
     trainer.lqa.policy.plan = lambda *known: planned.append(known)
     trainer.create_scheduler(20)
     assert planned == [(20, pytest.approx(final))]
+
+
+def test_no_epochs_are_no_error(tmp_path):
+    assert trained(tmp_path, num_train_epochs=0, max_steps=-1).state.global_step == 0
