@@ -264,5 +264,5 @@ def test_the_cost_is_measured_in_time_in_memory_and_part_by_part(capsys, monkeyp
     assert {label for _, _, label in cost.PROFILED} < set(parts)
     assert all(float(parts[label][0]) > 0 for _, _, label in cost.PROFILED)
     assert float(parts["whole"][0]) > 1
-    (memory,) = measured("--memory", "--optimizers", "lqa").values()
+    memory = measured("--memory", "--optimizers", "lqa")["llama-16"]
     assert 0 <= float(memory[-1]) <= 1.1, "more than a copy of the weights is kept between steps"
