@@ -169,9 +169,9 @@ class CrossBatchPolicy(PaperPolicy):
     0 at the minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages
     (decay 0.8); later ``start`` is the last of them, a scale. The level is found in two phases.
 
-    **The first steps** are those of the ramp, `warmup` of them, and at least 12. The level starts at 3 probe radii, and
-    follows the slope per unit step as the base optimizer's moments settle, to where a step changes its batch's loss to
-    first order by the share ``4/3 tau``:
+    **The first steps**, twice `warmup` of them and at least 12. The level starts at 3 probe radii. In the ramp (12
+    steps at least) it follows the slope per unit step as the base optimizer's moments settle, to where a step changes
+    its batch's loss to first order by the share ``4/3 tau``:
 
         target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.3
 
@@ -184,15 +184,15 @@ class CrossBatchPolicy(PaperPolicy):
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
         level *= exp(-eta f z / sqrt(k + 4))
-        aim    = 0.5 |r_0| - 0.7 (1 - |r_0|) rest         r_0: the lowest averaged ratio of the first steps
+        aim    = 0.5 |r_0| - 0.8 rest                     r_0: the lowest averaged ratio of the first steps
         rest   = 1 - (1 - final_factor) min(1, 100 / total_steps)
 
     Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
     shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
     further beyond the minimum lies the aim: what a step overshoots along steep directions the schedule's end takes
-    back, what it gains along flat ones stays. The more of it is noise, the further short of the minimum, unless the
-    run is soon over and a schedule takes the noise back: a long run, or one whose end is not known, pays for it in
-    every step. And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
+    back, what it gains along flat ones stays. The longer the run, and the less its schedule takes back, the further
+    short of the minimum: noise is paid for in every step. A run whose end is not known is taken for an endless one.
+    And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
@@ -214,8 +214,8 @@ class CrossBatchPolicy(PaperPolicy):
     _SETTLED: ClassVar[float] = 4 / 3
     _SETTLING: ClassVar[float] = 0.3
     _BEYOND: ClassVar[float] = 0.5
-    _SHORT: ClassVar[float] = 0.7
-    #: Steps of a linear schedule with which the minimum itself is the aim, where all of a slope is noise.
+    _SHORT: ClassVar[float] = 0.8
+    #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
     _HORIZON: ClassVar[int] = 100
     _BELIEVED: ClassVar[float] = 0.5
     #: Growth in a ramp, as a power of what the parabola says.
@@ -262,13 +262,12 @@ class CrossBatchPolicy(PaperPolicy):
     def _first_steps(self) -> int:
         """How many steps the first phase has."""
         assert self.warmup is not None
-        return max(self._FIRST_STEPS, self.warmup)
+        return max(self._FIRST_STEPS, 2 * self.warmup)
 
     @property
     def _aim(self) -> float:
         """Where ``r / rms(r)`` should be; positive beyond the minimum."""
-        signal = abs(self.lowest)
-        return self._BEYOND * signal - self._SHORT * (1 - signal) * self._rest
+        return self._BEYOND * abs(self.lowest) - self._SHORT * self._rest
 
     def cadence(self) -> str:
         return f"probes at steps 1, 9, 65, ... and every {self.probe_interval}"
@@ -339,7 +338,7 @@ class CrossBatchPolicy(PaperPolicy):
             return
         assert self.step_size is not None
         level = self.step_size
-        if count > 2 and slope > 0:
+        if 2 < count <= max(self._FIRST_STEPS, warmup) and slope > 0:
             target = self._SETTLED * self.first_radius * (self.first_slope / slope) * self.growth
             level *= (target / level) ** self._SETTLING
         ratio = end_ratio(self.starts, self.ends, _weights(sizes))

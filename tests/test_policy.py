@@ -21,10 +21,10 @@ def started(**options):
 def after_first_steps(ratio=0.0, total_steps=100, final_factor=0.0, **options):
     policy = started(warmup=12, **options)
     policy.plan(total_steps, final_factor)
-    for step in range(12):
+    for step in range(24):
         assert policy.wants_start_slope(step)
         policy.observe_end([-1.0], [ratio], [1], 1.0)
-    assert not policy.wants_start_slope(12)
+    assert not policy.wants_start_slope(24)
     return policy
 
 
@@ -35,12 +35,15 @@ def test_the_level_follows_the_slope_as_the_moments_settle():
         policy.observe_end([-8.0 if step == 0 else -2.0], [0.0], [1], 1.0)
     settled = 4 / 3 * RADIUS * 8 / 2
     assert policy.step_size == pytest.approx(settled, rel=0.25)
+    level = policy.step_size
+    policy.observe_end([-200.0], [0.0], [1], 1.0)
+    assert policy.step_size == level, "the ramp is over"
 
 
 def test_where_the_slope_is_no_noise_the_level_grows_to_where_half_of_it_is_left():
     for ratio, growth in ((-0.9, 5.0), (-0.75, 2.0), (-0.4, 1.0), (0.5, 1.0)):
         policy = after_first_steps(ratio)
-        assert policy.growth == pytest.approx(growth ** (11 * 2 / 12)), ratio
+        assert policy.growth == pytest.approx(growth ** (23 * 2 / 12)), ratio
 
 
 def test_the_slope_of_a_few_weights_does_not_decide():
@@ -82,13 +85,13 @@ def test_it_aims_the_shorter_the_longer_a_run_and_the_less_its_schedule_decays(t
     policy = after_first_steps(-0.2, total_steps, final_factor)
     before = policy.step_size
     policy.observe_end([], [0.1], [1], 1.0)
-    aim = 0.5 * 0.2 - 0.7 * 0.8 * rest
+    aim = 0.5 * 0.2 - 0.8 * rest
     assert math.log(policy.step_size / before) == pytest.approx(-0.3 / 2 * (1 - aim))
 
 
 def test_a_run_whose_end_is_not_known_is_taken_for_one_without_an_end():
     known, unknown = after_first_steps(-0.2, 100, 1.0), started(warmup=12)
-    for _ in range(12):
+    for _ in range(24):
         unknown.observe_end([-1.0], [-0.2], [1], 1.0)
     for policy in (known, unknown):
         policy.observe_end([], [0.1], [1], 1.0)
