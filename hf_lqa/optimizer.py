@@ -300,9 +300,9 @@ class LQA(torch.optim.Optimizer):
         """`base.step()` at learning rates ``level * factor * lr``; `clip` is by what the gradients were scaled."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         scale = level * self.policy.factor(step)
-        observed = scale > 0 and self.policy.wants_end_slope(step)
-        if observed and not snapshot_taken:
-            self._snapshot_memory().take()
+        snapshot = self._snapshot_memory() if scale > 0 and self.policy.wants_end_slope(step) else None
+        if snapshot is not None and not snapshot_taken:
+            snapshot.take()
         lr = [group["lr"] for group in self.param_groups]
         try:
             for group, value in zip(self.param_groups, lr, strict=True):
@@ -311,8 +311,8 @@ class LQA(torch.optim.Optimizer):
         finally:
             for group, value in zip(self.param_groups, lr, strict=True):
                 group["lr"] = value
-        if observed:
-            snapshot, step_size = self._snapshot_memory(), scale * multiplier
+        if snapshot is not None:
+            step_size = scale * multiplier
             starts: Tensor | list[float] = []
             if self.policy.wants_start_slope(step):
                 starts = snapshot.slopes() / (step_size * clip)

@@ -266,7 +266,7 @@ class Announcement(TrainerCallback):
         print(
             f"LQA: {type(lqa.base).__name__} direction, policy {lqa.policy.name}, {lqa.policy.cadence()};"
             f" --learning_rate ({args.learning_rate:g}) is not used, the {schedule} schedule multiplies the measured"
-            f" step size.",
+            " step size.",
             flush=True,
         )
 
