@@ -16,7 +16,7 @@ from torch import Tensor
 from .direction import Direction, with_gradient
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
-from .slopes import Snapshot, full, is_sharded, mean_over_ranks, worth_observing
+from .slopes import Snapshot, full, is_sharded, mean_over_ranks
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
 _GROUP_KEY, _SNAPSHOT_KEY = "lqa", "lqa_snapshot"
@@ -126,6 +126,8 @@ class LQA(torch.optim.Optimizer):
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
         self._snapshot: Snapshot | None = None
+        # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
+        self._origin: tuple[list[Tensor], list[Tensor]] = [], []
         self._move = _Move()
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
@@ -223,7 +225,6 @@ class LQA(torch.optim.Optimizer):
             return
         clip = min(1.0, max_norm / (norm + 1e-6))
         if ends:
-            # Kept now, because a probe takes the snapshot's memory.
             move.starts, move.ends = starts, [end / move.step_size / clip for end in ends]
         probe = None
         if self.wants_probe:
@@ -249,12 +250,18 @@ class LQA(torch.optim.Optimizer):
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
             self.policy.observe_probe(probe.fit, probe.radius)
-        self._advance(multiplier, clip, snapshot_taken=probe is not None)
+        self._advance(multiplier, clip)
+        if not self.wants_probe:
+            self._origin = [], []
         self._disarm()
 
     def _probe(self, closure: Callable[[], Tensor], lr: list[float], clip: float) -> tuple[ProbeRecord, float]:
         """Measure along the direction at relative rates `lr`: (record, ``<gradient, direction>``)."""
-        direction = Direction(self.base, lr, self._snapshot_memory().values_of(with_gradient(self.base)))
+        # What a step started from is not needed any more; a probe has its own.
+        self._snapshot = None
+        params, kept = self._origin
+        direction = Direction(self.base, lr, kept if _same(params, with_gradient(self.base)) else None)
+        self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
         center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
         forwards = 0 if known is not None else 1
@@ -287,22 +294,18 @@ class LQA(torch.optim.Optimizer):
         self.counts["probe_forwards"] += forwards
         return probe, slope
 
-    def _snapshot_memory(self) -> Snapshot:
-        """The snapshot of the parameters that this step moves, or of those of them whose end slopes are observed."""
+    def _take_snapshot(self) -> Snapshot:
         params = with_gradient(self.base)
-        if self.policy.observes_ends:
-            params = worth_observing(params)
         if self._snapshot is None or not _same(self._snapshot.params, params):
             self._snapshot = Snapshot(params)
+        self._snapshot.take()
         return self._snapshot
 
-    def _advance(self, multiplier: float, clip: float, snapshot_taken: bool) -> None:
+    def _advance(self, multiplier: float, clip: float) -> None:
         """`base.step()` at learning rates ``level * factor * lr``; `clip` is by what the gradients were scaled."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         scale = level * self.policy.factor(step)
-        snapshot = self._snapshot_memory() if scale > 0 and self.policy.wants_end_slope(step) else None
-        if snapshot is not None and not snapshot_taken:
-            snapshot.take()
+        snapshot = self._take_snapshot() if scale > 0 and self.policy.wants_end_slope(step) else None
         lr = [group["lr"] for group in self.param_groups]
         try:
             for group, value in zip(self.param_groups, lr, strict=True):

@@ -42,8 +42,6 @@ class PaperPolicy:
     """
 
     name: ClassVar[str] = "paper"
-    #: Whether it ever wants an end slope.
-    observes_ends: ClassVar[bool] = False
     _MAX_RADIUS_SCALE: ClassVar[float] = 16.0
 
     tau: float = 0.03
@@ -184,8 +182,8 @@ class CrossBatchPolicy(PaperPolicy):
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
         level *= exp(-eta f z / sqrt(k + 4))
-        aim    = 0.5 |r_0| - 0.8 rest                     r_0: the lowest averaged ratio of the first steps
-        rest   = 1 - (1 - final_factor) min(1, 100 / total_steps)
+        aim    = 0.5 |r_0| - short                        r_0: the lowest averaged ratio of the first steps
+        short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
 
     Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
     shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
@@ -198,23 +196,22 @@ class CrossBatchPolicy(PaperPolicy):
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
-    Probes are dense at the start and rare later: at steps 0, 8, 64, ... and every `probe_interval`. They give the
-    first level; later ones are measurements, which the level does not depend on.
+    Probes are rare: at steps 0, 12 and every `probe_interval`. The first gives the first level; later ones are
+    measurements, which the level does not depend on.
 
     Args:
-        probe_interval: the longest distance between probes, in steps.
+        probe_interval: distance between probes, in steps, but for the one at step 12.
         eta: gain; in (0, 1].
         warmup: steps of the ramp, ``>= 0``; `None`: 12, or 6 % of the steps but at least 3 where they are known and
             fewer than 200.
     """
 
     name: ClassVar[str] = "cross_batch"
-    observes_ends: ClassVar[bool] = True
     _FIRST: ClassVar[float] = 3.0
     _SETTLED: ClassVar[float] = 4 / 3
     _SETTLING: ClassVar[float] = 0.3
     _BEYOND: ClassVar[float] = 0.5
-    _SHORT: ClassVar[float] = 0.8
+    _SHORT: ClassVar[float] = 0.4
     #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
     _HORIZON: ClassVar[int] = 100
     _BELIEVED: ClassVar[float] = 0.5
@@ -246,7 +243,7 @@ class CrossBatchPolicy(PaperPolicy):
 
     def __post_init__(self) -> None:
         self._planned = self.warmup is None
-        self._rest = 1.0
+        self._short = 2 * self._SHORT
         self.warmup = 12 if self.warmup is None else self.warmup
         super().__post_init__()
         _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
@@ -254,7 +251,8 @@ class CrossBatchPolicy(PaperPolicy):
 
     def plan(self, total_steps: int, final_factor: float = 0.0) -> None:
         super().plan(total_steps, final_factor)
-        self._rest = 1 - (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
+        taken_back = (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
+        self._short = self._SHORT * (1 + final_factor) * (1 - taken_back)
         if self._planned:
             self.warmup = max(3, min(12, round(0.06 * total_steps)))
 
@@ -267,16 +265,13 @@ class CrossBatchPolicy(PaperPolicy):
     @property
     def _aim(self) -> float:
         """Where ``r / rms(r)`` should be; positive beyond the minimum."""
-        return self._BEYOND * abs(self.lowest) - self._SHORT * self._rest
+        return self._BEYOND * abs(self.lowest) - self._short
 
     def cadence(self) -> str:
-        return f"probes at steps 1, 9, 65, ... and every {self.probe_interval}"
+        return f"probes at steps 1, {self._FIRST_STEPS + 1} and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
-        if self.step_size is None or step % self.probe_interval == 0:
-            return True
-        # Powers of 8: a single bit, at every third place.
-        return 1 < step < self.probe_interval and step & (step - 1) == 0 and step.bit_length() % 3 == 1
+        return super().wants_probe(step) or step == self._FIRST_STEPS
 
     def wants_end_slope(self, step: int) -> bool:
         since = step - self._first_steps

@@ -12,8 +12,8 @@ from torch import Tensor
 _HALF = (torch.float16, torch.bfloat16)
 #: Elements of a temporary that a CPU's cache holds.
 _PIECE = 2**16
-#: Elements of a tensor that is worth leaving out.
-_WORTH_SPARING = 2**20
+#: One row of so many is observed where there are at least so many rows and elements.
+_EVERY, _MANY_ROWS, _LARGE = 8, 64, 2**14
 
 
 def full(scalar: Tensor) -> Tensor:
@@ -97,34 +97,38 @@ def _shares(tensors: list[Tensor], products: list[Tensor]) -> Tensor:
     return torch.stack([shares[i] for i in range(len(tensors))])
 
 
-def worth_observing(params: list[Tensor]) -> list[Tensor]:
-    """The parameters whose end slopes are worth their cost: no tensor that alone holds over a quarter of the weights.
+def sampled(tensor: Tensor) -> Tensor:
+    """Every eighth row of a large matrix, and anything else whole; shares the tensor's memory, unless it is sparse.
 
-    In small models with many words this is the table of word vectors: half of the weights, and one voice in the median
-    of all parameters. All of them where too little would be left, or where there is little to spare.
+    A layer's rows are units alike: the ratio of two slopes over an eighth of them is that over all of them, nearly.
+    What is sharded is not cut, because another number of ranks, which cuts elsewhere, may go on from a checkpoint.
     """
-    total = sum(p.numel() for p in params)
-    kept = [p for p in params if 4 * p.numel() <= total or p.numel() < _WORTH_SPARING]
-    return kept if 8 * sum(p.numel() for p in kept) >= total else params
+    if tensor.dim() < 2 or tensor.shape[0] < _MANY_ROWS or tensor.numel() < _LARGE or is_sharded(tensor):
+        return tensor
+    if tensor.is_sparse:
+        return tensor.index_select(0, torch.arange(0, tensor.shape[0], _EVERY, device=tensor.device))
+    return tensor[::_EVERY]
 
 
 class Snapshot:
-    """The weights that a step started from, in one copy, kept for the next batch's gradient.
-
-    Used again from step to step, because fresh memory costs more than the copying.
+    """The weights that a step started from, or a sample of them (`sampled`), kept for the next batch's gradient.
 
     Args:
         params: parameters that have a gradient.
-        values: their values when the step started, from a checkpoint; memory for them is allocated if not given.
+        values: what is kept of their values when the step started, from a checkpoint; memory for it if not given.
     """
 
+    @torch.no_grad()
     def __init__(self, params: list[Tensor], values: list[Tensor] | None = None):
         self.params = params
-        self.values = [torch.empty_like(p, requires_grad=False) for p in params] if values is None else values
+        self.values = [torch.empty_like(row) for row in self._weights()] if values is None else values
+
+    def _weights(self) -> list[Tensor]:
+        return [sampled(p.detach()) for p in self.params]
 
     @torch.no_grad()
     def take(self) -> None:
-        torch._foreach_copy_(local(self.values), local(self.params))
+        torch._foreach_copy_(local(self.values), local(self._weights()))
 
     @torch.no_grad()
     def slopes(self) -> Tensor:
@@ -132,14 +136,13 @@ class Snapshot:
 
         1-dim, equal on all ranks that hold equal values; 0 for a parameter whose gradient is missing.
         """
-        gradients = [p.grad.detach() if p.grad is not None else torch.zeros_like(p) for p in self.params]
-        parts = zip(local(gradients), local([p.detach() for p in self.params]), local(self.values), strict=True)
+        weights = self._weights()
+        gradients = [
+            sampled(p.grad.detach()) if p.grad is not None else torch.zeros_like(w)
+            for p, w in zip(self.params, weights, strict=True)
+        ]
+        parts = zip(local(gradients), local(weights), local(self.values), strict=True)
         return _shares(gradients, [_product(*part) for part in parts])
-
-    def values_of(self, params: list[Tensor]) -> list[Tensor]:
-        """Memory like each of `params`: the snapshot's where it has it, else new."""
-        known = dict(zip(self.params, self.values, strict=True))
-        return [known[p] if p in known else torch.empty_like(p, requires_grad=False) for p in params]
 
     def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
         """`values` by each parameter's number in an optimizer's `state_dict`."""

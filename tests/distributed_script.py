@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from common import Recorder, arguments, language_rows, rows, tiny_bert, tiny_llama
 from transformers import TrainerCallback
 
-from hf_lqa import LQATrainer, optimizer, slopes
+from hf_lqa import LQATrainer, slopes
 
 FSDP_CONFIG = {
     "version": 2,
@@ -67,8 +67,8 @@ def run(spec: dict[str, Any]) -> None:
         model, data, layer = tiny_bert(dropout=0.1), rows(128), "BertLayer"
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(spec.get("train_only", "")))
-    # As with a large table of word vectors, whose end slopes are not observed.
-    optimizer.worth_observing = (lambda params: params[1:]) if spec.get("spare") else slopes.worth_observing
+    # As in large matrices, of which every eighth row is observed.
+    slopes._LARGE, slopes._MANY_ROWS = (1, 8) if spec.get("sampled") else (2**14, 64)
     options = dict(spec["arguments"])
     if "state_dict_type" in spec:
         config = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": spec["state_dict_type"]}

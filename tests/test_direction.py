@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lqa import direction, slopes
+from hf_lqa import direction
 from hf_lqa.direction import Direction
 from hf_lqa.slopes import Snapshot, dot
 
@@ -70,16 +70,21 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
         torch.testing.assert_close(d * found.unit, p.detach() - origin, rtol=1e-9, atol=1e-12)
 
 
-def test_a_tensor_that_is_a_quarter_of_the_weights_is_not_observed():
-    def observed(*sizes):
-        return [p.numel() for p in slopes.worth_observing([torch.empty(n, device="meta") for n in sizes])]
-
-    table, layer = 30 * 2**20, 2**20
-    assert observed(table, *[layer] * 40) == [layer] * 40
-    assert observed(table, *[layer] * 100) == [table] + [layer] * 100, "less than a quarter"
-    assert observed(table, table, *[layer] * 10) == [layer] * 10
-    assert observed(table, layer) == [table, layer], "too little would be left"
-    assert observed(300, 100) == [300, 100], "nothing to spare"
+def test_of_a_large_matrix_every_eighth_row_is_observed():
+    layer, head, bias = (nn.Parameter(torch.zeros(*shape)) for shape in [(64, 512), (6, 4096), (2**15,)])
+    words = nn.Embedding(100, 200, sparse=True)
+    snapshot = Snapshot([layer, head, bias, words.weight])
+    assert [v.shape for v in snapshot.values] == [(8, 512), (6, 4096), (2**15,), (13, 200)]
+    snapshot.take()
+    rows = torch.tensor([0, 8, 9, 8, 96])
+    words(rows).sum().backward()
+    with torch.no_grad():
+        for p in snapshot.params:
+            p.add_(1)
+    layer.grad, head.grad = (torch.arange(float(p.shape[0]))[:, None].expand_as(p) for p in (layer, head))
+    # Rows 0, 8, ... 56 of the layer; words 0, 8, 8 and 96, once each as they occur.
+    expected = [512 * sum(range(0, 64, 8)), 4096 * sum(range(6)), 0, 200 * 4]
+    assert snapshot.slopes().tolist() == expected
 
 
 def test_gradient_descent_takes_no_second_copy():

@@ -52,9 +52,9 @@ def runs(folder, processes, kinds):
         whole = {**WHOLE, "per_device_train_batch_size": 32 // processes}
         specs[f"{name}-whole"] = {"model": "llama", "arguments": whole, **kind}
         specs[f"{name}-root"] = {"train_only": "classifier", "arguments": {**WHOLE, "max_steps": 1}, **kind}
-        specs[f"{name}-straight"] = {"arguments": SAVING, "spare": True, **kind}
+        specs[f"{name}-straight"] = {"arguments": SAVING, "sampled": True, **kind}
         checkpoint = folder / f"{name}-straight" / "trainer" / "checkpoint-3"
-        specs[f"{name}-resumed"] = {"arguments": SAVING, "spare": True, "resume": str(checkpoint), **kind}
+        specs[f"{name}-resumed"] = {"arguments": SAVING, "sampled": True, "resume": str(checkpoint), **kind}
     for name, spec in specs.items():
         spec["out"] = str(folder / name)
     done = launch(processes, list(specs.values()), folder)

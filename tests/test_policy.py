@@ -28,6 +28,13 @@ def after_first_steps(ratio=0.0, total_steps=100, final_factor=0.0, **options):
     return policy
 
 
+def test_it_probes_at_the_start_after_the_first_steps_and_rarely_then():
+    policy = CrossBatchPolicy()
+    assert policy.wants_probe(5), "nothing was measured yet"
+    policy = started()
+    assert [step for step in range(301) if policy.wants_probe(step)] == [0, 12, 100, 200, 300]
+
+
 def test_the_level_follows_the_slope_as_the_moments_settle():
     policy = started()
     assert policy.step_size == pytest.approx(3 * RADIUS)
@@ -78,14 +85,14 @@ def test_afterwards_it_aims_a_little_beyond_the_minimum():
 
 
 @pytest.mark.parametrize(
-    "total_steps, final_factor, rest",
-    [(50, 0.0, 0.0), (100, 0.0, 0.0), (300, 0.0, 2 / 3), (300, 0.1, 0.7), (100, 1.0, 1.0), (300, 1.0, 1.0)],
+    "total_steps, final_factor, short",
+    [(50, 0, 0.0), (100, 0, 0.0), (300, 0, 0.8 / 3), (300, 0.1, 0.4 * 1.1 * 0.7), (100, 1, 0.8), (300, 1, 0.8)],
 )
-def test_it_aims_the_shorter_the_longer_a_run_and_the_less_its_schedule_decays(total_steps, final_factor, rest):
+def test_it_aims_the_shorter_the_longer_a_run_and_the_less_its_schedule_decays(total_steps, final_factor, short):
     policy = after_first_steps(-0.2, total_steps, final_factor)
     before = policy.step_size
     policy.observe_end([], [0.1], [1], 1.0)
-    aim = 0.5 * 0.2 - 0.8 * rest
+    aim = 0.5 * 0.2 - short
     assert math.log(policy.step_size / before) == pytest.approx(-0.3 / 2 * (1 - aim))
 
 
@@ -99,7 +106,7 @@ def test_a_run_whose_end_is_not_known_is_taken_for_one_without_an_end():
 
 
 def test_where_nothing_is_learned_the_level_falls():
-    policy = after_first_steps(-0.2, 300)
+    policy = after_first_steps(-0.2, 1000)
     before = policy.step_size
     for step in range(60):
         policy.observe_end([], [0.1 * (-1) ** step], [1], 1.0)

@@ -551,6 +551,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
         "smollm2": (("smollm2",), adamw("1e-5", "1e-3"), [0]),
         "smollm2_lora": (("smollm2_lora",), adamw("1e-4", "1e-2"), [0]),
         "lqa_smollm2": (LANGUAGE, ["lqa"], [0]),
+        "peers12": ((*TEXTS, *paper.TASKS), [*no_rate, "adamw", "lqa_paper", "lqa_sgd"], [1, 2]),
     }
     for stage in stages:
         if stage in table:
@@ -572,6 +573,8 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
                 add(("trec6",), adamw("1e-3", "1e-3"), [0], changes)
         elif stage == "longer":
             add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0, 1, 2], {"max_steps": 300})
+            add(("banking77",), ["lqa", *adamw("3e-4", "1e-3")], [0, 1, 2], {"max_steps": 300})
+            add(("sms_spam",), ["lqa", *adamw("3e-5", "3e-4")], [0, 1, 2], {"max_steps": 300})
             add(("trec6",), ["lqa", *adamw("1e-4", "3e-4")], [0], {"max_steps": 1000})
             add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], {"max_length": 32})
         elif stage.startswith("insensitivity"):
@@ -608,6 +611,7 @@ STAGES += [
     "peers_rest",
     "insensitivity:vader_tweets",
     "longer",
+    "peers12",
 ]
 
 
