@@ -164,26 +164,27 @@ UNRANKED = ("bb",)
 SWEEP = "AdamW, best of the sweep"
 
 
-def ranks(chosen: list[Table], with_sweep: bool, seed: int = 0) -> str:
-    """Mean ranks by validation loss, one seed, of the methods without a rate, over the tasks that most of them ran."""
+def ranks(chosen: list[Table], with_sweep: bool) -> str:
+    """Mean ranks by validation loss of the methods without a rate, over the tasks that most of them ran."""
+    tasks: list[str] = []
     losses: list[dict[str, float]] = []
     bars: list[float] = []
     for table in chosen:
-        best = table.best([m for m in table.methods if swept(m)], {seed})
-        own = {
-            alias(method): table.loss(method, [seed])
-            for method, by_seed in table.methods.items()
-            if without_rate(method) and seed in by_seed and method not in UNRANKED
-        }
+        own = {alias(m): m for m in table.methods if without_rate(m) and m not in UNRANKED}
+        seeds = set.intersection(*(set(table.methods[m]) for m in own.values())) if own else set()
+        best = table.best([m for m in table.methods if swept(m)], seeds)
         if best is None or "lqa" not in own:
             continue
-        bars.append(table.loss(best[0], [seed]))
-        losses.append({**own, SWEEP: bars[-1]} if with_sweep else own)
+        tasks.append(f"{table.task} ({len(seeds)})")
+        bars.append(table.loss(*best))
+        losses.append({name: table.loss(m, seeds) for name, m in own.items()})
+        if with_sweep:
+            losses[-1][SWEEP] = bars[-1]
     if not losses:
         return ""
     most = max(map(len, losses))
     # A task that few methods ran ranks nothing.
-    kept = [i for i, own in enumerate(losses) if len(own) > most / 2]
+    kept = [i for i, own_losses in enumerate(losses) if len(own_losses) > most / 2]
     names = sorted(set.intersection(*(set(losses[i]) for i in kept)))
     found: dict[str, list[int]] = defaultdict(list)
     for i in kept:
@@ -194,7 +195,7 @@ def ranks(chosen: list[Table], with_sweep: bool, seed: int = 0) -> str:
         """Geometric mean over the tasks."""
         return math.exp(mean(math.log(losses[i][name] / bars[i]) for i in kept))
 
-    rows = [f"Tasks: {', '.join(name for i, name in enumerate(ranked_tasks(chosen, seed)) if i in kept)}.", ""]
+    rows = [f"Tasks, and in brackets the number of seeds: {', '.join(tasks[i] for i in kept)}.", ""]
     rows += [
         "| method | mean rank | loss over that of AdamW's best rate (geometric mean) | worst rank |",
         "|---|---|---|---|",
@@ -202,15 +203,6 @@ def ranks(chosen: list[Table], with_sweep: bool, seed: int = 0) -> str:
     for name in sorted(names, key=lambda n: statistics.fmean(found[n])):
         rows.append(f"| `{name}` | {statistics.fmean(found[name]):.2f} | {to_bar(name):.3f} | {max(found[name])} |")
     return "\n".join(rows)
-
-
-def ranked_tasks(chosen: list[Table], seed: int) -> list[str]:
-    """Those with `lqa` and a sweep."""
-    return [
-        table.task
-        for table in chosen
-        if seed in table.methods.get("lqa", {}) and table.best([m for m in table.methods if swept(m)], {seed})
-    ]
 
 
 def alias(method: str) -> str:
@@ -492,7 +484,8 @@ def report(runs: list[Run], folder: Path) -> str:
     ]
     parts += [
         "## Mean rank",
-        "By validation loss on seed 0, over the methods that are given no rate and ran on all of the tasks.",
+        "By validation loss, its mean over the seeds that all have, of the methods that are given no rate and ran on all"
+        " of the tasks.",
         ranks(chosen, with_sweep=False),
         "And with the best of AdamW's sweep as one more method:",
         ranks(chosen, with_sweep=True),
