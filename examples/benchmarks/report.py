@@ -484,8 +484,7 @@ def report(runs: list[Run], folder: Path) -> str:
     ]
     parts += [
         "## Mean rank",
-        "By validation loss, its mean over the seeds that all have, of the methods that are given no rate and ran on all"
-        " of the tasks.",
+        "By mean validation loss over the seeds that all have, of the methods without a rate that ran on all tasks.",
         ranks(chosen, with_sweep=False),
         "And with the best of AdamW's sweep as one more method:",
         ranks(chosen, with_sweep=True),

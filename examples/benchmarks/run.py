@@ -551,7 +551,8 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
         "smollm2": (("smollm2",), adamw("1e-5", "1e-3"), [0]),
         "smollm2_lora": (("smollm2_lora",), adamw("1e-4", "1e-2"), [0]),
         "lqa_smollm2": (LANGUAGE, ["lqa"], [0]),
-        "peers12": ((*TEXTS, *paper.TASKS), [*no_rate, "adamw", "lqa_paper", "lqa_sgd"], [1, 2]),
+        "peers12": (TEXTS, [*no_rate, "adamw", "lqa_paper", "lqa_sgd"], [1, 2]),
+        "paper_peers12": (paper.TASKS, [*no_rate, "adamw"], [1, 2]),
     }
     for stage in stages:
         if stage in table:
@@ -612,6 +613,7 @@ STAGES += [
     "insensitivity:vader_tweets",
     "longer",
     "peers12",
+    "paper_peers12",
 ]
 
 
