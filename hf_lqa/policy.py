@@ -169,14 +169,13 @@ class CrossBatchPolicy(PaperPolicy):
 
     **The first steps**, twice `warmup` of them and at least 12. The level starts at 3 probe radii. In the ramp (12
     steps at least) it follows the slope per unit step as the base optimizer's moments settle, to where a step changes
-    its batch's loss to first order by the share ``1.2 tau``, and on towards the minimum of the parabola through both
-    slopes:
+    its batch's loss to first order by the share ``4/3 tau``:
 
-        target = 1.2 radius |start_0| / mean |start_t| / (1 + min(max(r, -0.5), 0)),
-        level *= (target / level)**0.3
+        target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.3
 
-    Where the averaged ``r`` is below -0.5 little of the batch's slope is noise, and that parabola can be believed: in
-    half of `warmup` steps the level grows by ``0.5 / (1 + r)`` more, to where half of the slope would be left.
+    Where the averaged ``r`` is below -0.5 little of the batch's slope is noise, and the parabola through both slopes
+    can be believed: in half of `warmup` steps the level grows by ``0.5 / (1 + r)``, to where half of the slope would be
+    left.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
@@ -209,7 +208,7 @@ class CrossBatchPolicy(PaperPolicy):
 
     name: ClassVar[str] = "cross_batch"
     _FIRST: ClassVar[float] = 3.0
-    _SETTLED: ClassVar[float] = 1.2
+    _SETTLED: ClassVar[float] = 4 / 3
     _SETTLING: ClassVar[float] = 0.3
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
@@ -334,13 +333,11 @@ class CrossBatchPolicy(PaperPolicy):
             return
         assert self.step_size is not None
         level = self.step_size
-        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
-        ratio = 0.0 if math.isnan(ratio) else ratio
-        self.lowest = min(self.lowest, ratio)
         if 2 < count <= max(self._FIRST_STEPS, warmup) and slope > 0:
             target = self._SETTLED * self.first_radius * (self.first_slope / slope) * self.growth
-            target /= 1 + min(max(ratio, -self._BELIEVED), 0.0)
             level *= (target / level) ** self._SETTLING
+        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
+        self.lowest = min(self.lowest, 0.0 if math.isnan(ratio) else ratio)
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** (self._GROWTHS / warmup)
             self.growth, level = self.growth * growth, level * growth

@@ -36,19 +36,12 @@ def test_it_probes_at_the_start_after_the_first_steps_and_rarely_then():
 
 
 def test_the_level_follows_the_slope_as_the_moments_settle():
-    levels = {}
-    for ratio in (0.5, 0.0, -0.25, -0.5):
-        policy = started()
-        assert policy.step_size == pytest.approx(3 * RADIUS)
-        for step in range(12):
-            slope = -8.0 if step == 0 else -2.0
-            policy.observe_end([slope], [-ratio * slope], [1], 1.0)
-        levels[ratio] = policy.step_size
-    settled = 1.2 * RADIUS * 8 / 2
-    assert levels[0.0] == levels[0.5] == pytest.approx(settled, rel=0.25)
-    # And further where slopes at the end of a step say so, nearly as far as their parabola.
-    assert levels[-0.25] / levels[0.0] == pytest.approx(1 / 0.75, rel=0.05)
-    assert levels[-0.5] / levels[0.0] == pytest.approx(2, rel=0.05)
+    policy = started()
+    assert policy.step_size == pytest.approx(3 * RADIUS)
+    for step in range(12):
+        policy.observe_end([-8.0 if step == 0 else -2.0], [0.0], [1], 1.0)
+    settled = 4 / 3 * RADIUS * 8 / 2
+    assert policy.step_size == pytest.approx(settled, rel=0.25)
     level = policy.step_size
     policy.observe_end([-200.0], [0.0], [1], 1.0)
     assert policy.step_size == level, "the ramp is over"
