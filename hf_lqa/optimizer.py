@@ -370,7 +370,7 @@ class LQA(torch.optim.Optimizer):
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
         snapshot: dict[int, Tensor] = {}
         if self._snapshot is not None and self._move.awaits_ends:
-            snapshot = self._snapshot.by_index(self.param_groups)
+            snapshot = dict(zip(self._move.places, self._snapshot.values, strict=True))
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if i not in snapshot and is_sharded(p) and p.requires_grad:
                 # For the same reason sharded parameters have a snapshot always.

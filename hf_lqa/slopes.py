@@ -143,8 +143,3 @@ class Snapshot:
         ]
         parts = zip(local(gradients), local(weights), local(self.values), strict=True)
         return _shares(gradients, [_product(*part) for part in parts])
-
-    def by_index(self, groups: list[dict[str, Any]]) -> dict[int, Tensor]:
-        """`values` by each parameter's number in an optimizer's `state_dict`."""
-        position = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
-        return {position[p]: v for p, v in zip(self.params, self.values, strict=True)}
