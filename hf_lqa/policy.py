@@ -167,15 +167,17 @@ class CrossBatchPolicy(PaperPolicy):
     0 at the minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages
     (decay 0.8); later ``start`` is the last of them, a scale. The level is found in two phases.
 
-    **The first steps**, twice `warmup` of them and at least 12. The level starts at 3 probe radii. In the ramp (12
-    steps at least) it follows the slope per unit step as the base optimizer's moments settle, to where a step changes
-    its batch's loss to first order by the share ``4/3 tau``:
+    **The first steps**, 12 of them. The level follows the slope per unit step as the base optimizer's moments settle, to
+    where a step changes its batch's loss to first order by the share ``4/3 tau``:
 
-        target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.3
+        target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.5
 
-    Where the averaged ``r`` is below -0.5 little of the batch's slope is noise, and the parabola through both slopes
-    can be believed: in half of `warmup` steps the level grows by ``0.5 / (1 + r)``, to where half of the slope would be
-    left.
+    and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope is
+    noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, towards where half of the slope is left. Above it, ``q = r / r_0``
+    is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far). While more than 0.7 of it is, and
+    the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by ``exp(0.35 (q - 0.7) / 0.3)`` a step.
+    A parabola that opens downwards takes this growth back: there, as where a fresh head is learned, the slope is about
+    to change.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
@@ -192,43 +194,46 @@ class CrossBatchPolicy(PaperPolicy):
     short of the minimum: noise is paid for in every step. A run whose end is not known is taken for an endless one.
     And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
 
-    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
+    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor. The ramp is short: a
+    fresh head's gradients grow manyfold in the first dozens of steps, and Adam's second moments had better see that early.
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
-    Probes are rare: at steps 0, 12 and every `probe_interval`. The first gives the first level; later ones are
-    measurements, which the level does not depend on.
+    Probes are rare: at steps 0, 4, 7, 10 and every `probe_interval`. The first gives the first level, those of the first
+    steps say whether it may grow; later ones are measurements, which the level does not depend on.
 
     Args:
-        probe_interval: distance between probes, in steps, but for the one at step 12.
+        probe_interval: distance between probes, in steps, but for those at steps 4, 7 and 10.
         eta: gain; in (0, 1].
-        warmup: steps of the ramp, ``>= 0``; `None`: 12, or 6 % of the steps but at least 3 where they are known and
-            fewer than 200.
+        warmup: steps of the ramp, ``>= 0``.
     """
 
     name: ClassVar[str] = "cross_batch"
-    _FIRST: ClassVar[float] = 3.0
     _SETTLED: ClassVar[float] = 4 / 3
-    _SETTLING: ClassVar[float] = 0.3
+    _SETTLING: ClassVar[float] = 0.5
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
     #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
     _HORIZON: ClassVar[int] = 100
+    #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
     _BELIEVED: ClassVar[float] = 0.5
-    #: Growth in a ramp, as a power of what the parabola says.
-    _GROWTHS: ClassVar[int] = 2
+    _GROWTH: ClassVar[float] = 1 / 6
+    #: Above it: the share of the lowest ratio that must be left, and the largest growth in a step, its logarithm.
+    _LEFT: ClassVar[float] = 0.7
+    _CONVEX_GROWTH: ClassVar[float] = 0.35
     _DECAY: ClassVar[float] = 0.9
     #: Of the averages in the first steps.
     _FIRST_DECAY: ClassVar[float] = 0.8
     _MAX_Z: ClassVar[float] = 2.0
     _FADING: ClassVar[int] = 4
     _FIRST_STEPS: ClassVar[int] = 12
+    _FIRST_PROBES: ClassVar[tuple[int, ...]] = (4, 7, 10)
     #: Observations at each distance between them.
     _DENSE: ClassVar[int] = 16
 
     probe_interval: int = 100
     eta: float = 0.3
-    warmup: int | None = None
+    warmup: int = 3
     #: Observations of the first steps, and after them.
     first_observations: int = field(default=0, init=False)
     observations: int = field(default=0, init=False)
@@ -237,14 +242,15 @@ class CrossBatchPolicy(PaperPolicy):
     first_radius: float = field(default=0.0, init=False)
     first_slope: float = field(default=0.0, init=False)
     growth: float = field(default=1.0, init=False)
+    convex_growth: float = field(default=1.0, init=False)
+    #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
+    convex: bool | None = field(default=None, init=False)
     lowest: float = field(default=0.0, init=False)
     starts: list[float] = field(default_factory=list, init=False)
     ends: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._planned = self.warmup is None
         self._short = 2 * self._SHORT
-        self.warmup = 12 if self.warmup is None else self.warmup
         super().__post_init__()
         _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
         _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
@@ -253,28 +259,20 @@ class CrossBatchPolicy(PaperPolicy):
         super().plan(total_steps, final_factor)
         taken_back = (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
         self._short = self._SHORT * (1 + final_factor) * (1 - taken_back)
-        if self._planned:
-            self.warmup = max(3, min(12, round(0.06 * total_steps)))
-
-    @property
-    def _first_steps(self) -> int:
-        """How many steps the first phase has."""
-        assert self.warmup is not None
-        return max(self._FIRST_STEPS, 2 * self.warmup)
-
     @property
     def _aim(self) -> float:
         """Where ``r / rms(r)`` should be; positive beyond the minimum."""
         return self._BEYOND * abs(self.lowest) - self._short
 
     def cadence(self) -> str:
-        return f"probes at steps 1, {self._FIRST_STEPS + 1} and every {self.probe_interval}"
+        first = ", ".join(str(step + 1) for step in (0, *self._FIRST_PROBES))
+        return f"probes at steps {first} and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
-        return super().wants_probe(step) or step == self._FIRST_STEPS
+        return super().wants_probe(step) or step in self._FIRST_PROBES
 
     def wants_end_slope(self, step: int) -> bool:
-        since = step - self._first_steps
+        since = step - self._FIRST_STEPS
         if since < 0:
             return True
         # Distances 1 to n - 1 take 16 (1 + 2 + ... + (n - 1)) steps.
@@ -282,7 +280,7 @@ class CrossBatchPolicy(PaperPolicy):
         return step % distance == 0
 
     def wants_start_slope(self, step: int) -> bool:
-        return step < self._first_steps
+        return step < self._FIRST_STEPS
 
     def factor(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -291,9 +289,14 @@ class CrossBatchPolicy(PaperPolicy):
         self._adapt_radius(fit)
         if self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
             self.first_radius = radius
-            self._set_level(self._FIRST * radius)
+            self._set_level(self._SETTLED * radius)
             if self.step_size is None:
                 self.step_size = radius
+        elif self.first_observations < self._FIRST_STEPS:
+            if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
+                self.convex, self.convex_growth = False, 1.0
+            elif fit.verdict.usable and self.convex is None:
+                self.convex = True
 
     def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
         if self.step_size is None:
@@ -326,21 +329,24 @@ class CrossBatchPolicy(PaperPolicy):
         keep = self._FIRST_DECAY
         self.starts = [keep * old + (1 - keep) * new for old, new in zip(self.starts, starts, strict=True)]
         self.ends = [keep * old + (1 - keep) * new for old, new in zip(self.ends, ends, strict=True)]
-        warmup = max(self.warmup or 0, 3)
         slope = abs(sum(self.starts)) / (1 - keep**count)
         if count == 1:
             self.first_slope = slope
             return
+        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
+        ratio = 0.0 if math.isnan(ratio) else ratio
+        self.lowest = min(self.lowest, ratio)
         assert self.step_size is not None
         level = self.step_size
-        if 2 < count <= max(self._FIRST_STEPS, warmup) and slope > 0:
-            target = self._SETTLED * self.first_radius * (self.first_slope / slope) * self.growth
+        if count > 2 and slope > 0:
+            target = self._SETTLED * self.first_radius * self.first_slope / slope * self.growth * self.convex_growth
             level *= (target / level) ** self._SETTLING
-        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
-        self.lowest = min(self.lowest, 0.0 if math.isnan(ratio) else ratio)
         if ratio < -self._BELIEVED:
-            growth = (self._BELIEVED / (1 + ratio)) ** (self._GROWTHS / warmup)
+            growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
+        elif self.convex and ratio < self._LEFT * self.lowest:
+            growth = math.exp(self._CONVEX_GROWTH * (ratio / self.lowest - self._LEFT) / (1 - self._LEFT))
+            self.convex_growth, level = self.convex_growth * growth, level * growth
         self._set_level(level)
 
     def _set_level(self, level: float) -> None:

@@ -19,38 +19,59 @@ def started(**options):
 
 
 def after_first_steps(ratio=0.0, total_steps=100, final_factor=0.0, **options):
-    policy = started(warmup=12, **options)
+    policy = started(**options)
     policy.plan(total_steps, final_factor)
-    for step in range(24):
+    for step in range(12):
         assert policy.wants_start_slope(step)
         policy.observe_end([-1.0], [ratio], [1], 1.0)
-    assert not policy.wants_start_slope(24)
+    assert not policy.wants_start_slope(12)
     return policy
 
 
-def test_it_probes_at_the_start_after_the_first_steps_and_rarely_then():
+def grown(ends, verdicts):
+    """Level after as many of the first steps as there are `ends`; `verdicts`: of probes, by the step they are made at."""
+    policy = started()
+    for step, end in enumerate(ends, start=1):
+        policy.observe_end([-1.0], [end], [1], 1.0)
+        if step in verdicts:
+            policy.observe_probe(Fit(-1.0, 1.0, 1.0 if verdicts[step].usable else None, verdicts[step]), RADIUS)
+    return policy.step_size / started().step_size
+
+
+def test_it_probes_in_the_first_steps_and_rarely_then():
     policy = CrossBatchPolicy()
     assert policy.wants_probe(5), "nothing was measured yet"
     policy = started()
-    assert [step for step in range(301) if policy.wants_probe(step)] == [0, 12, 100, 200, 300]
+    assert [step for step in range(301) if policy.wants_probe(step)] == [0, 4, 7, 10, 100, 200, 300]
 
 
 def test_the_level_follows_the_slope_as_the_moments_settle():
     policy = started()
-    assert policy.step_size == pytest.approx(3 * RADIUS)
+    assert policy.step_size == pytest.approx(4 / 3 * RADIUS)
     for step in range(12):
         policy.observe_end([-8.0 if step == 0 else -2.0], [0.0], [1], 1.0)
     settled = 4 / 3 * RADIUS * 8 / 2
-    assert policy.step_size == pytest.approx(settled, rel=0.25)
-    level = policy.step_size
-    policy.observe_end([-200.0], [0.0], [1], 1.0)
-    assert policy.step_size == level, "the ramp is over"
+    assert policy.step_size == pytest.approx(settled, rel=0.2)
 
 
 def test_where_the_slope_is_no_noise_the_level_grows_to_where_half_of_it_is_left():
     for ratio, growth in ((-0.9, 5.0), (-0.75, 2.0), (-0.4, 1.0), (0.5, 1.0)):
         policy = after_first_steps(ratio)
-        assert policy.growth == pytest.approx(growth ** (23 * 2 / 12)), ratio
+        assert policy.growth == pytest.approx(growth ** (11 / 6)), ratio
+
+
+def test_what_is_no_noise_in_a_noisy_slope_is_believed_while_the_parabolas_open_upwards():
+    accepted, non_convex, noise = Verdict.ACCEPTED, Verdict.NON_CONVEX, Verdict.BELOW_NOISE
+    convex = {4: accepted, 7: accepted, 10: accepted}
+    persistent = 12 * [-0.1]
+    assert grown(persistent, {}) == pytest.approx(1)
+    assert grown(persistent, convex) == pytest.approx(math.exp(0.35 * 8))
+    assert grown(persistent, {4: Verdict.CLAMPED}) == grown(persistent, convex), "the first says it for all"
+    assert grown(persistent, {4: noise, 7: accepted}) == pytest.approx(math.exp(0.35 * 5)), "noise says nothing"
+    assert grown(6 * [-0.1] + 6 * [0.0], convex) < math.exp(0.35 * 4), "little of it is left"
+    assert grown(persistent[:7], convex) > 2
+    assert grown(persistent, {4: accepted, 7: non_convex, 10: accepted}) == pytest.approx(1, rel=0.15), "taken back"
+    assert grown(persistent, {4: non_convex, 7: accepted}) == pytest.approx(1), "and never believed again"
 
 
 def test_the_slope_of_a_few_weights_does_not_decide():
@@ -97,8 +118,8 @@ def test_it_aims_the_shorter_the_longer_a_run_and_the_less_its_schedule_decays(t
 
 
 def test_a_run_whose_end_is_not_known_is_taken_for_one_without_an_end():
-    known, unknown = after_first_steps(-0.2, 100, 1.0), started(warmup=12)
-    for _ in range(24):
+    known, unknown = after_first_steps(-0.2, 100, 1.0), started()
+    for _ in range(12):
         unknown.observe_end([-1.0], [-0.2], [1], 1.0)
     for policy in (known, unknown):
         policy.observe_end([], [0.1], [1], 1.0)

@@ -593,8 +593,8 @@ NEAR_THE_BEST = {
     "vader_tweets": ["1e-4", "3e-4"],
     "r8": ["3e-4"],
 }
-#: Every constant of the rule at half and at twice its value (for runs of 100 steps).
-CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "warmup=3", "warmup=12"]
+#: Every constant of the rule at half and at twice its value, nearly.
+CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "warmup=2", "warmup=6"]
 CHANGES += ["probe_interval=50", "probe_interval=200"]
 STAGES = ["lqa_text", "adamw0", "lqa12", "adamw12", "paper", "lqa_paper_tasks", "paper_peers", "peers", "default"]
 STAGES += ["insensitivity", "variations", "lqa_lenet", "lenet", "lenet_peers", "adamw_ends", "paper12", "lqa_variants"]
