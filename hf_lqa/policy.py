@@ -167,17 +167,17 @@ class CrossBatchPolicy(PaperPolicy):
     0 at the minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages
     (decay 0.8); later ``start`` is the last of them, a scale. The level is found in two phases.
 
-    **The first steps**, 12 of them. The level follows the slope per unit step as the base optimizer's moments settle, to
-    where a step changes its batch's loss to first order by the share ``4/3 tau``:
+    **The first steps**, 12 of them. The level follows the slope per unit step as the base optimizer's moments settle,
+    to where a step changes its batch's loss to first order by the share ``4/3 tau``:
 
         target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.5
 
-    and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope is
-    noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, towards where half of the slope is left. Above it, ``q = r / r_0``
-    is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far). While more than 0.7 of it is, and
-    the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by ``exp(0.35 (q - 0.7) / 0.3)`` a step.
-    A parabola that opens downwards takes this growth back: there, as where a fresh head is learned, the slope is about
-    to change.
+    and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope
+    is noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, towards where half of the slope is left. Above it, ``q =
+    r / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far). While more than 0.7
+    of it is, and the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by ``exp(0.35 (q -
+    0.7) / 0.3)`` a step. A parabola that opens downwards takes this growth back: there, as where a fresh head is
+    learned, the slope is about to change.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
@@ -194,13 +194,14 @@ class CrossBatchPolicy(PaperPolicy):
     short of the minimum: noise is paid for in every step. A run whose end is not known is taken for an endless one.
     And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
 
-    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor. The ramp is short: a
-    fresh head's gradients grow manyfold in the first dozens of steps, and Adam's second moments had better see that early.
+    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor. The ramp is short:
+    a fresh head's gradients grow manyfold in the first dozens of steps, and Adam's second moments had better see that
+    early.
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
-    Probes are rare: at steps 0, 4, 7, 10 and every `probe_interval`. The first gives the first level, those of the first
-    steps say whether it may grow; later ones are measurements, which the level does not depend on.
+    Probes are rare: at steps 0, 4, 7, 10 and every `probe_interval`. The first gives the first level, those of the
+    first steps say whether it may grow; later ones are measurements, which the level does not depend on.
 
     Args:
         probe_interval: distance between probes, in steps, but for those at steps 4, 7 and 10.
@@ -259,6 +260,7 @@ class CrossBatchPolicy(PaperPolicy):
         super().plan(total_steps, final_factor)
         taken_back = (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
         self._short = self._SHORT * (1 + final_factor) * (1 - taken_back)
+
     @property
     def _aim(self) -> float:
         """Where ``r / rms(r)`` should be; positive beyond the minimum."""
