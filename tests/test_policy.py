@@ -29,7 +29,7 @@ def after_first_steps(ratio=0.0, total_steps=100, final_factor=0.0, **options):
 
 
 def grown(ends, verdicts):
-    """By what the level grew in as many of the first steps as there are `ends`; `verdicts`: of probes, by their steps."""
+    """By what the level grew in the first steps; `ends`: one a step, `verdicts`: of probes, by their steps."""
     policy = started()
     for step, end in enumerate(ends, start=1):
         policy.observe_end([-1.0], [end], [1], 1.0)
