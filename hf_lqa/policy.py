@@ -194,9 +194,7 @@ class CrossBatchPolicy(PaperPolicy):
     short of the minimum: noise is paid for in every step. A run whose end is not known is taken for an endless one.
     And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
 
-    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor. The ramp is short:
-    a fresh head's gradients grow manyfold in the first dozens of steps, and Adam's second moments had better see that
-    early.
+    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
