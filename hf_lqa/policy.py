@@ -167,17 +167,19 @@ class CrossBatchPolicy(PaperPolicy):
     0 at the minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages
     (decay 0.8); later ``start`` is the last of them, a scale. The level is found in two phases.
 
-    **The first steps**, 12 of them. The level follows the slope per unit step as the base optimizer's moments settle,
-    to where a step changes its batch's loss to first order by the share ``4/3 tau``:
+    **The first steps**, an eighth of the run's, at least 12 and at most 24. In 12 of them the level follows the slope
+    per unit step as the base optimizer's moments settle, to where a step changes its batch's loss to first order by
+    the share ``4/3 tau``:
 
         target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.5
 
     and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope
-    is noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, towards where half of the slope is left. Above it, ``q =
-    r / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far). While more than 0.7
-    of it is, and the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by ``exp(0.35 (q -
-    0.7) / 0.3)`` a step. A parabola that opens downwards takes this growth back: there, as where a fresh head is
-    learned, the slope is about to change.
+    is noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, in all first steps, towards where half of the slope is
+    left. Above it, ``q = r / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far).
+    While more than 0.7 of it is, and the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by
+    ``exp(0.35 (q - 0.7) / 0.3)`` a step. A parabola that opens downwards takes this growth back: there, as where a
+    fresh head is learned, the slope is about to change. The other first steps wait for that to be over: until then a
+    slope persists at any level.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
@@ -225,7 +227,10 @@ class CrossBatchPolicy(PaperPolicy):
     _FIRST_DECAY: ClassVar[float] = 0.8
     _MAX_Z: ClassVar[float] = 2.0
     _FADING: ClassVar[int] = 4
-    _FIRST_STEPS: ClassVar[int] = 12
+    #: Steps in which the level follows the slope; most first steps, and their share of a run.
+    _SETTLING_STEPS: ClassVar[int] = 12
+    _MAX_FIRST_STEPS: ClassVar[int] = 24
+    _FIRST_SHARE: ClassVar[float] = 1 / 8
     _FIRST_PROBES: ClassVar[tuple[int, ...]] = (4, 7, 10)
     #: Observations at each distance between them.
     _DENSE: ClassVar[int] = 16
@@ -249,7 +254,7 @@ class CrossBatchPolicy(PaperPolicy):
     ends: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._short = 2 * self._SHORT
+        self._short, self._first_steps = 2 * self._SHORT, self._MAX_FIRST_STEPS
         super().__post_init__()
         _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
         _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
@@ -258,6 +263,8 @@ class CrossBatchPolicy(PaperPolicy):
         super().plan(total_steps, final_factor)
         taken_back = (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
         self._short = self._SHORT * (1 + final_factor) * (1 - taken_back)
+        share = int(self._FIRST_SHARE * total_steps)
+        self._first_steps = min(max(share, self._SETTLING_STEPS), self._MAX_FIRST_STEPS)
 
     @property
     def _aim(self) -> float:
@@ -272,7 +279,7 @@ class CrossBatchPolicy(PaperPolicy):
         return super().wants_probe(step) or step in self._FIRST_PROBES
 
     def wants_end_slope(self, step: int) -> bool:
-        since = step - self._FIRST_STEPS
+        since = step - self._first_steps
         if since < 0:
             return True
         # Distances 1 to n - 1 take 16 (1 + 2 + ... + (n - 1)) steps.
@@ -280,7 +287,7 @@ class CrossBatchPolicy(PaperPolicy):
         return step % distance == 0
 
     def wants_start_slope(self, step: int) -> bool:
-        return step < self._FIRST_STEPS
+        return step < self._first_steps
 
     def factor(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
@@ -292,7 +299,7 @@ class CrossBatchPolicy(PaperPolicy):
             self._set_level(self._SETTLED * radius)
             if self.step_size is None:
                 self.step_size = radius
-        elif self.first_observations < self._FIRST_STEPS:
+        elif self.first_observations < self._first_steps:
             if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
                 self.convex, self.convex_growth = False, 1.0
             elif fit.verdict.usable and self.convex is None:
@@ -338,13 +345,14 @@ class CrossBatchPolicy(PaperPolicy):
         self.lowest = min(self.lowest, ratio)
         assert self.step_size is not None
         level = self.step_size
-        if count > 2 and slope > 0:
+        settling = count <= self._SETTLING_STEPS
+        if settling and count > 2 and slope > 0:
             target = self._SETTLED * self.first_radius * self.first_slope / slope * self.growth * self.convex_growth
             level *= (target / level) ** self._SETTLING
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
-        elif self.convex and ratio < self._LEFT * self.lowest:
+        elif settling and self.convex and ratio < self._LEFT * self.lowest:
             growth = math.exp(self._CONVEX_GROWTH * (ratio / self.lowest - self._LEFT) / (1 - self._LEFT))
             self.convex_growth, level = self.convex_growth * growth, level * growth
         self._set_level(level)

@@ -1,5 +1,6 @@
 """The rule of `cross_batch`: what moves the level, and what does not."""
 
+import itertools
 import math
 
 import pytest
@@ -21,10 +22,9 @@ def started(**options):
 def after_first_steps(ratio=0.0, total_steps=100, final_factor=0.0, **options):
     policy = started(**options)
     policy.plan(total_steps, final_factor)
-    for step in range(12):
-        assert policy.wants_start_slope(step)
+    for step in itertools.takewhile(policy.wants_start_slope, itertools.count()):
+        assert policy.wants_end_slope(step)
         policy.observe_end([-1.0], [ratio], [1], 1.0)
-    assert not policy.wants_start_slope(12)
     return policy
 
 
@@ -124,6 +124,13 @@ def test_a_run_whose_end_is_not_known_is_taken_for_one_without_an_end():
     for policy in (known, unknown):
         policy.observe_end([], [0.1], [1], 1.0)
     assert known.step_size == unknown.step_size
+
+
+@pytest.mark.parametrize("total_steps, first", [(20, 12), (100, 12), (160, 20), (300, 24), (10_000, 24)])
+def test_the_level_is_not_moved_by_single_slopes_in_the_first_eighth_of_a_run(total_steps, first):
+    policy = started()
+    policy.plan(total_steps)
+    assert [step for step in range(100) if policy.wants_start_slope(step)] == list(range(first))
 
 
 def test_where_nothing_is_learned_the_level_falls():
