@@ -239,14 +239,26 @@ HEAD = """| task | `lqa` | AdamW, best rate | that rate | ratio | metric, `lqa` 
 |---|---|---|---|---|---|---|---|"""
 
 
+def late_rate(table: Table, method: str, seed: int) -> float:
+    """The learning rate when four fifths of the run were over."""
+    rates = table.methods[method][seed]["learning_rate"]
+    return rates[len(rates) * 4 // 5]
+
+
 def insensitivity(chosen: list[Table]) -> str:
-    rows = ["| task | change | validation loss | ratio to the default |", "|---|---|---|---|"]
+    rows = ["| task | change | validation loss | ratio to the default | learning rate, to the default's | seeds |"]
+    rows.append("|---|---|---|---|---|---|")
     for table in chosen:
         for method in table.methods:
             if method.startswith("lqa+") and "=" in method and "lqa" in table.methods:
                 seeds = set(table.methods[method]) & set(table.methods["lqa"])
                 loss, default = table.loss(method, seeds), table.loss("lqa", seeds)
-                rows.append(f"| {table.task} | `{method[4:]}` | {loss:.4f} | {loss / default:.3f} |")
+                rate = statistics.geometric_mean(
+                    late_rate(table, method, s) / late_rate(table, "lqa", s) for s in seeds
+                )
+                rows.append(
+                    f"| {table.task} | `{method[4:]}` | {loss:.4f} | {loss / default:.3f} | {rate:.2f} | {len(seeds)} |"
+                )
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
@@ -500,7 +512,8 @@ def report(runs: list[Run], folder: Path) -> str:
     if text := variations(tables, chosen):
         parts += ["## Other settings", text]
     if text := insensitivity(chosen):
-        parts += ["## The rule's own constants, halved and doubled", text]
+        about = "Learning rate: when four fifths of a run were over, geometric mean over seeds."
+        parts += ["## The rule's own constants, halved and doubled", about, text]
     if text := paper_table(chosen):
         parts += ["## The paper's claim", "Training loss, mean of the last ten steps, mean over seeds.", text]
     parts.append("## All results")

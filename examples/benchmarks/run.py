@@ -578,6 +578,9 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             add(("sms_spam",), ["lqa", *adamw("3e-5", "3e-4")], [0, 1, 2], {"max_steps": 300})
             add(("trec6",), ["lqa", *adamw("1e-4", "3e-4")], [0], {"max_steps": 1000})
             add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], {"max_length": 32})
+        elif stage == "quickstart":
+            rates = ["adamw@5e-5", "adamw@1e-4", "adamw@3e-4", *adamw("1e-4", "1e-3")]
+            add(("r8",), ["lqa", *rates], [0, 1, 2], DEFAULTS["text"])
         elif stage.startswith("insensitivity"):
             add((stage.partition(":")[2] or "trec6",), [f"lqa+{change}" for change in CHANGES], [0, 1, 2])
         else:
@@ -612,6 +615,7 @@ STAGES += [
     "peers_rest",
     "insensitivity:vader_tweets",
     "longer",
+    "quickstart",
     "peers12",
     "paper_peers12",
 ]
