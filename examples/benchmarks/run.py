@@ -576,7 +576,7 @@ def plan(stages: list[str], options: argparse.Namespace) -> list[tuple[str, str,
             add(("r8", "vader_tweets", "trec6"), ["lqa", *adamw("1e-4", "3e-4")], [0, 1, 2], {"max_steps": 300})
             add(("banking77",), ["lqa", *adamw("3e-4", "1e-3")], [0, 1, 2], {"max_steps": 300})
             add(("sms_spam",), ["lqa", *adamw("3e-5", "3e-4")], [0, 1, 2], {"max_steps": 300})
-            add(("trec6",), ["lqa", *adamw("1e-4", "3e-4")], [0], {"max_steps": 1000})
+            add(("trec6",), ["lqa", *adamw("1e-4", "3e-4")], [0, 1, 2], {"max_steps": 1000})
             add(("trec6",), ["lqa", *adamw("1e-4", "1e-3")], [0], {"max_length": 32})
         elif stage == "quickstart":
             rates = ["adamw@5e-5", "adamw@1e-4", "adamw@3e-4", *adamw("1e-4", "1e-3")]
