@@ -299,7 +299,7 @@ class CrossBatchPolicy(PaperPolicy):
             self._set_level(self._SETTLED * radius)
             if self.step_size is None:
                 self.step_size = radius
-        elif self.first_observations < self._first_steps:
+        elif self.first_observations < self._SETTLING_STEPS:
             if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
                 self.convex, self.convex_growth = False, 1.0
             elif fit.verdict.usable and self.convex is None:

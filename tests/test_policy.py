@@ -133,6 +133,19 @@ def test_the_level_is_not_moved_by_single_slopes_in_the_first_eighth_of_a_run(to
     assert [step for step in range(100) if policy.wants_start_slope(step)] == list(range(first))
 
 
+def test_a_long_run_waits_with_its_level_until_the_first_steps_are_over():
+    policy = started()
+    policy.plan(300)
+    for _ in range(12):
+        policy.observe_end([-1.0], [-0.1], [1], 1.0)
+    policy.convex, level = True, policy.step_size
+    for _ in range(12):
+        policy.observe_end([-8.0], [-0.1], [1], 1.0)
+    assert policy.step_size == level, "neither the slope nor what persists of it moves it"
+    policy.observe_end([], [-0.1], [1], 1.0)
+    assert policy.step_size > level
+
+
 def test_where_nothing_is_learned_the_level_falls():
     policy = after_first_steps(-0.2, 1000)
     before = policy.step_size
