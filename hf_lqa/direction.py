@@ -96,6 +96,7 @@ class Direction:
     @torch.no_grad()
     def __init__(self, base: torch.optim.Optimizer, lr: list[float], origin: list[Tensor] | None = None):
         self.params = with_gradient(base)
+        self._on_cpu = all(p.device.type == "cpu" for p in self.params)
         self.origin = [torch.empty_like(p, requires_grad=False) for p in self.params] if origin is None else origin
         torch._foreach_copy_(local(self.origin), local(self.params))
         self.unit = 1.0
@@ -147,8 +148,7 @@ class Direction:
         """
         kept = dict(vars(base))
         group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
-        on_cpu = all(p.device.type == "cpu" for p in self.params)
-        limit = _REHEARSAL_PIECE if on_cpu else self._share()
+        limit = _REHEARSAL_PIECE if self._on_cpu else self._share()
         try:
             for batch in _runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
                 groups: list[dict[str, Any]] = [
@@ -223,8 +223,15 @@ class Direction:
     @torch.no_grad()
     def move_to(self, alpha: float) -> None:
         """Set the weights to ``origin + alpha * direction`` (in place)."""
+        weights, start, update = local(self.params), local(self.origin), local(self.tensors)
+        if self._on_cpu:
+            # There foreach operations are loops, and memory is what a move waits for: one pass over it, not two.
+            for p, a, b in zip(weights, start, update, strict=True):
+                torch.add(a, b, alpha=alpha * self.unit, out=p)
+            torch.clear_autocast_cache()
+            return
         self.restore()
-        torch._foreach_add_(local(self.params), local(self.tensors), alpha=alpha * self.unit)
+        torch._foreach_add_(weights, update, alpha=alpha * self.unit)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 #: Elements of a temporary that a CPU's cache holds.
-_PIECE = 2**16
+_PIECE = 2**17
 #: One row of so many is observed where there are at least so many rows and elements.
 _EVERY, _MANY_ROWS, _LARGE = 8, 64, 2**14
 
@@ -60,9 +60,10 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     pieces: list[tuple[Tensor, ...]] = [(a, b) if minus is None else (a, b, minus)]
     # Temporaries that fit into a CPU's cache cost next to nothing, fresh memory several times the arithmetic. BLAS
     # needs none for one precision's plain product.
-    temporary = minus is not None or a.dtype in _HALF
-    if temporary and a.device.type == "cpu" and all(t.is_contiguous() for t in pieces[0]):
-        pieces = list(zip(*(torch.split(t.view(-1), _PIECE) for t in pieces[0]), strict=True))
+    temporary = minus is not None or a.dtype in _HALF or not a.is_contiguous()
+    if temporary and a.device.type == "cpu" and a.dim() and a.numel() > _PIECE:
+        rows = max(1, _PIECE * a.shape[0] // a.numel())
+        pieces = list(zip(*(torch.split(t, rows) for t in pieces[0]), strict=True))
     products = []
     for a, b, *rest in pieces:
         if rest:
