@@ -67,7 +67,7 @@ class PaperPolicy:
         )
 
     def wants_probe(self, step: int) -> bool:
-        """Whether step number `step` (from 0) should be probed. The same on all ranks: it depends on counts alone."""
+        """Whether step number `step` (from 0) should be probed. The same on all ranks, as all that a policy knows."""
         return self.step_size is None or step % self.probe_interval == 0
 
     def wants_end_slope(self, step: int) -> bool:
@@ -200,8 +200,8 @@ class CrossBatchPolicy(PaperPolicy):
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
-    Probes are rare: at steps 0, 4, 7, 10 and every `probe_interval`. The first gives the first level, those of the
-    first steps say whether it may grow; later ones are measurements, which the level does not depend on.
+    Probes are rare: at step 0, at steps 4, 7 and 10 until one opens downwards, and every `probe_interval`. The first
+    gives the first level, the next say whether it may grow; later ones are measurements, which it does not depend on.
 
     Args:
         probe_interval: distance between probes, in steps, but for those at steps 4, 7 and 10.
@@ -272,11 +272,12 @@ class CrossBatchPolicy(PaperPolicy):
         return self._BEYOND * abs(self.lowest) - self._short
 
     def cadence(self) -> str:
-        first = ", ".join(str(step + 1) for step in (0, *self._FIRST_PROBES))
-        return f"probes at steps {first} and every {self.probe_interval}"
+        first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
+        return f"probes at step 1, at {first} until a parabola opens downwards, and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
-        return super().wants_probe(step) or step in self._FIRST_PROBES
+        # One that opened downwards has the last word.
+        return super().wants_probe(step) or (step in self._FIRST_PROBES and self.convex is not False)
 
     def wants_end_slope(self, step: int) -> bool:
         since = step - self._first_steps

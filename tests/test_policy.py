@@ -43,6 +43,10 @@ def test_it_probes_in_the_first_steps_and_rarely_then():
     assert policy.wants_probe(5), "nothing was measured yet"
     policy = started()
     assert [step for step in range(301) if policy.wants_probe(step)] == [0, 4, 7, 10, 100, 200, 300]
+    policy.observe_probe(Fit(-1.0, 1.0, 1.0, Verdict.ACCEPTED), RADIUS)
+    assert policy.wants_probe(7)
+    policy.observe_probe(Fit(-1.0, -1.0, None, Verdict.NON_CONVEX), RADIUS)
+    assert [step for step in range(301) if policy.wants_probe(step)] == [0, 100, 200, 300], "nothing is left to say"
 
 
 def test_the_level_follows_the_slope_as_the_moments_settle():

@@ -31,7 +31,9 @@ def test_it_trains_and_logs_what_it_chose(tmp_path):
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert rates == logged(trainer, "lqa_step_size")
     assert len(set(rates)) > 10
-    assert trainer.lqa.counts["probe_forwards"] == logged(trainer, "lqa_probe_forwards")[-1] == 2 * len([0, 4, 7, 10])
+    probed = set(logged(trainer, "lqa_probe_step"))
+    assert {1, 5} <= probed <= {1, 5, 8, 11}
+    assert trainer.lqa.counts["probe_forwards"] == logged(trainer, "lqa_probe_forwards")[-1] == 2 * len(probed)
     state = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())
     assert all(key in state["log_history"][-1] for key in KEYS)
     assert all(math.isfinite(v) for entry in state["log_history"] for v in entry.values())
@@ -74,14 +76,14 @@ def test_the_probe_at_the_origin_is_the_training_loss_bit_for_bit(accumulation, 
 
     settings = {"max_steps": 10, "gradient_accumulation_steps": accumulation, "optim_args": "probe_interval=2"}
     trained(tmp_path, trainer_class=Checked, **settings)
-    assert len(set(seen)) == len([0, 2, 4, 6, 7, 8])
+    assert len(set(seen)) == len([0, 2, 4, 6, 8])
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
 def test_probes_leave_no_trace_in_training(settings, tmp_path):
     """A stock AdamW that is given the chosen rates has the same losses and ends with the same weights, bit for bit."""
     ours = trained(tmp_path, max_steps=14, optim_args="probe_interval=3", **settings)
-    assert ours.lqa.counts["probe_forwards"] == 2 * len([0, 3, 4, 6, 7, 9, 10, 12])
+    assert ours.lqa.counts["probe_forwards"] == 2 * len([0, 3, 6, 9, 12])
     stock = Trainer(
         tiny_bert(),
         arguments(tmp_path, max_steps=14, optim=parse_options(ours.args).base, **settings),
