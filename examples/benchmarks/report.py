@@ -365,27 +365,19 @@ def draw_sweep(chosen: list[Table], path: Path) -> None:
         ax.axis("off")
     for ax, table in zip(axes.flat, tables, strict=False):
         methods = sorted((m for m in table.methods if swept(m)), key=rate_of)
-        default = table.methods.get("adamw")
-        losses = [table.loss(m, [0] if 0 in table.methods[m] else None) for m in methods]
+        losses = [table.loss(m) for m in methods]
         ax.plot([rate_of(m) for m in methods], losses, "o--", color="#0072B2", label="AdamW, swept")
-        if default and 0 in default:
-            ax.plot(
-                [5e-5],
-                [default[0]["eval_loss"]],
-                "D",
-                color="#D55E00",
-                label="AdamW, Trainer's default",
-                fillstyle="none",
-            )
-        own = table.methods["lqa"]
-        ax.axhline(own[0]["eval_loss"] if 0 in own else table.loss("lqa"), color="#000000", label="lqa, no rate given")
+        if "adamw" in table.methods:
+            style = {"color": "#D55E00", "fillstyle": "none", "label": "AdamW, Trainer's default"}
+            ax.plot([5e-5], [table.loss("adamw")], "D", **style)
+        ax.axhline(table.loss("lqa"), color="#000000", label="lqa, no rate given")
         ax.set_xscale("log")
         ax.set_title(table.task)
         finite = [v for v in losses if math.isfinite(v)]
         if max(finite) > 20 * min(finite):
             ax.set_yscale("log")
     for row in axes:
-        row[0].set_ylabel("validation loss, seed 0")
+        row[0].set_ylabel("validation loss, mean over seeds")
     for ax in axes[-1]:
         ax.set_xlabel("learning rate")
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -471,7 +463,7 @@ def draw_paper(chosen: list[Table], path: Path) -> None:
 
 
 FIGURES = {
-    "sweep.png": (draw_sweep, "How AdamW's result hangs on its rate, and what `lqa` gets without one (seed 0)"),
+    "sweep.png": (draw_sweep, "How AdamW's result hangs on its rate, and what `lqa` gets without one"),
     "rates.png": (draw_rates, "The learning rates that `lqa` chose, and the best of AdamW's"),
     "loss.png": (draw_losses, "Training loss against steps and against forward equivalents (seed 0)"),
     "paper.png": (draw_paper, "The paper's rule on the paper's kinds of task, and in fine-tuning with small batches"),
