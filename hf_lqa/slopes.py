@@ -61,9 +61,13 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     # Temporaries that fit into a CPU's cache cost next to nothing, fresh memory several times the arithmetic. BLAS
     # needs none for one precision's plain product.
     temporary = minus is not None or a.dtype in _HALF or not a.is_contiguous()
-    if temporary and a.device.type == "cpu" and a.dim() and a.numel() > _PIECE:
-        rows = max(1, _PIECE * a.shape[0] // a.numel())
-        pieces = list(zip(*(torch.split(t, rows) for t in pieces[0]), strict=True))
+    if temporary and a.device.type == "cpu" and a.dim():
+        if all(t.is_contiguous() for t in pieces[0]):
+            cut = [torch.split(t.view(-1), _PIECE) for t in pieces[0]]
+        else:
+            height = max(1, _PIECE * a.shape[0] // max(a.numel(), 1))
+            cut = [torch.split(t, height) for t in pieces[0]]
+        pieces = list(zip(*cut, strict=True))
     products = []
     for a, b, *rest in pieces:
         if rest:
