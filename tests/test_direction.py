@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lqa import direction
+from hf_lqa import direction, slopes
 from hf_lqa.direction import Direction
 from hf_lqa.slopes import Snapshot, dot
 
@@ -70,7 +70,9 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
         torch.testing.assert_close(d * found.unit, p.detach() - origin, rtol=1e-9, atol=1e-12)
 
 
-def test_of_a_large_matrix_every_eighth_row_is_observed():
+@pytest.mark.parametrize("piece", [slopes._PIECE, 1000])
+def test_of_a_large_matrix_every_eighth_row_is_observed(piece, monkeypatch):
+    monkeypatch.setattr(slopes, "_PIECE", piece)
     layer, head, bias = (nn.Parameter(torch.zeros(*shape)) for shape in [(64, 512), (6, 4096), (2**15,)])
     words = nn.Embedding(100, 200, sparse=True)
     snapshot = Snapshot([layer, head, bias, words.weight])
@@ -127,6 +129,6 @@ def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_half_precision_are_summed_in_single(dtype):
-    a, b = torch.full((70_000,), 1.0, dtype=dtype), torch.full((70_000,), 0.5, dtype=dtype)
+    a, b = torch.full((140_000,), 1.0, dtype=dtype), torch.full((140_000,), 0.5, dtype=dtype)
     total = dot([a, a], [b, b])
-    assert total.dtype is torch.float32 and float(total) == 70_000
+    assert total.dtype is torch.float32 and float(total) == 140_000
