@@ -25,8 +25,16 @@ Setting = tuple[Any, ...]
 PAPER = ("linear", "logistic", "mlp_mnist", "lenet_cifar")
 TASKS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8", "smollm2", "smollm2_lora", *PAPER)
 SETTING = ("max_steps", "batch_size", "max_length", "schedule", "max_eval_samples", "max_grad_norm", "group_by_length")
+SETTING += ("bf16",)
 #: Where an old line does not say.
-OLD = {"max_grad_norm": 1.0, "group_by_length": False, "model": None, "trivial_metric": None, "error": None}
+OLD = {
+    "max_grad_norm": 1.0,
+    "group_by_length": False,
+    "bf16": False,
+    "model": None,
+    "trivial_metric": None,
+    "error": None,
+}
 #: Methods with a rate in their names that is nobody's choice here: their authors' default.
 OWN_RATE = ("schedule_free_adamw@2.5e-3+warmup",)
 #: Okabe and Ito's colours by falling darkness, each with its own line: they work in grey, too.
@@ -107,10 +115,10 @@ class Table:
         return best, wanted[best]
 
     def title(self) -> str:
-        steps, batch, length, schedule, rows, clip, grouped = self.setting
+        steps, batch, length, schedule, rows, clip, grouped, bf16 = self.setting
         parts = [f"{steps} steps", f"batch {batch}", f"{length} tokens" if length else "", f"{schedule} schedule"]
         parts += [f"{rows} validation rows" if rows else "", "" if clip else "unclipped"]
-        parts += ["grouped by length" if grouped else ""]
+        parts += ["grouped by length" if grouped else "", "bf16 autocast" if bf16 else ""]
         return f"{self.task}: " + ", ".join(part for part in parts if part)
 
 

@@ -76,6 +76,7 @@ IDENTITY = {
     "max_eval_samples": None,
     "max_grad_norm": 1.0,
     "group_by_length": False,
+    "bf16": False,
     "model": None,
 }
 
@@ -399,6 +400,7 @@ def arguments(folder: str, method: Method, seed: int, options: argparse.Namespac
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=max(8, min(64, 1024 // (options.max_length or 16))),
         max_grad_norm=options.max_grad_norm,
+        bf16=options.bf16,
         lr_scheduler_type="constant" if schedule == "decay" else schedule,
         # Schedule-free does its own warm-up, for which it wants a number of steps.
         warmup_steps=round(0.06 * options.max_steps) if method.warmup else 0,
@@ -543,11 +545,13 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         for changes in (
             {"batch_size": 4},
             {"batch_size": 32},
+            {"batch_size": 64},
             {"max_length": 32},
             {"max_steps": 50},
             {"group_by_length": True},
             {"schedule": "constant"},
             {"max_grad_norm": 0.0},
+            {"bf16": True},
         )
     ],
     "longer": [
@@ -605,6 +609,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedule", default="linear")
     parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--group_by_length", action="store_true", help="batches of texts of about the same length")
+    parser.add_argument("--bf16", action="store_true", help="under autocast")
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="0: gradients are not clipped")
     return parser.parse_args(argv)
 
