@@ -76,14 +76,17 @@ def test_the_probe_at_the_origin_is_the_training_loss_bit_for_bit(accumulation, 
 
     settings = {"max_steps": 10, "gradient_accumulation_steps": accumulation, "optim_args": "probe_interval=2"}
     trained(tmp_path, trainer_class=Checked, **settings)
-    assert len(set(seen)) == len([0, 2, 4, 6, 8])
+    assert len(set(seen)) >= len([0, 2, 4, 6, 8])
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
 def test_probes_leave_no_trace_in_training(settings, tmp_path):
     """A stock AdamW that is given the chosen rates has the same losses and ends with the same weights, bit for bit."""
     ours = trained(tmp_path, max_steps=14, optim_args="probe_interval=3", **settings)
-    assert ours.lqa.counts["probe_forwards"] == 2 * len([0, 3, 6, 9, 12])
+    probed = {int(step) - 1 for step in logged(ours, "lqa_probe_step")}
+    # Those at steps 4, 7 and 10 until a parabola opens downwards.
+    assert {0, 3, 6, 9, 12} <= probed <= {0, 3, 4, 6, 7, 9, 10, 12}
+    assert ours.lqa.counts["probe_forwards"] == 2 * len(probed)
     stock = Trainer(
         tiny_bert(),
         arguments(tmp_path, max_steps=14, optim=parse_options(ours.args).base, **settings),
