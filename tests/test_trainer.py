@@ -25,15 +25,25 @@ class WithoutLQA(TrainerCallback):
             group["lr"] = rate
 
 
+def steps_probed(trainer, interval):
+    """Steps that were probed, by the logs: at the interval, and at 4, 7 and 10 until a parabola opened downwards."""
+    probed = {int(step) - 1 for step in logged(trainer, "lqa_probe_step")}
+    regular = set(range(0, trainer.args.max_steps, interval))
+    first = [step for step in (4, 7, 10) if step < trainer.args.max_steps and step not in regular]
+    kept = [step for step in first if step in probed]
+    assert probed == regular | set(kept) and kept == first[: len(kept)]
+    assert kept == first or trainer.lqa.policy.convex is False
+    assert trainer.lqa.counts["probe_forwards"] == logged(trainer, "lqa_probe_forwards")[-1] == 2 * len(probed)
+    return probed
+
+
 def test_it_trains_and_logs_what_it_chose(tmp_path):
     trainer = trained(tmp_path, max_steps=60, save_strategy="steps", save_steps=60)
     losses, rates = logged(trainer, "loss"), logged(trainer, "learning_rate")
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert rates == logged(trainer, "lqa_step_size")
     assert len(set(rates)) > 10
-    probed = set(logged(trainer, "lqa_probe_step"))
-    assert {1, 5} <= probed <= {1, 5, 8, 11}
-    assert trainer.lqa.counts["probe_forwards"] == logged(trainer, "lqa_probe_forwards")[-1] == 2 * len(probed)
+    assert {0, 4} <= steps_probed(trainer, 100)
     state = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())
     assert all(key in state["log_history"][-1] for key in KEYS)
     assert all(math.isfinite(v) for entry in state["log_history"] for v in entry.values())
@@ -75,18 +85,15 @@ def test_the_probe_at_the_origin_is_the_training_loss_bit_for_bit(accumulation, 
         summed = None
 
     settings = {"max_steps": 10, "gradient_accumulation_steps": accumulation, "optim_args": "probe_interval=2"}
-    trained(tmp_path, trainer_class=Checked, **settings)
-    assert len(set(seen)) >= len([0, 2, 4, 6, 8])
+    trainer = trained(tmp_path, trainer_class=Checked, **settings)
+    assert len(set(seen)) == len(steps_probed(trainer, 2))
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
 def test_probes_leave_no_trace_in_training(settings, tmp_path):
     """A stock AdamW that is given the chosen rates has the same losses and ends with the same weights, bit for bit."""
     ours = trained(tmp_path, max_steps=14, optim_args="probe_interval=3", **settings)
-    probed = {int(step) - 1 for step in logged(ours, "lqa_probe_step")}
-    # Those at steps 4, 7 and 10 until a parabola opens downwards.
-    assert {0, 3, 6, 9, 12} <= probed <= {0, 3, 4, 6, 7, 9, 10, 12}
-    assert ours.lqa.counts["probe_forwards"] == 2 * len(probed)
+    steps_probed(ours, 3)
     stock = Trainer(
         tiny_bert(),
         arguments(tmp_path, max_steps=14, optim=parse_options(ours.args).base, **settings),
