@@ -11,18 +11,16 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .slopes import dot, local
+from .slopes import dot, local, runs
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory.
 REHEARSAL_SHARE = 1 / 16
-
-_T = TypeVar("_T")
 
 #: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
 _REHEARSAL_PIECE = 2**19
@@ -38,19 +36,6 @@ _ELEMENTWISE = tuple(
 def like(lr: float | Tensor, value: float) -> float | Tensor:
     """`value` in the form of the learning rate `lr`, which optimizers allow to be a tensor."""
     return torch.full_like(lr, value) if isinstance(lr, Tensor) else value
-
-
-def _runs(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
-    """`items` in runs whose sizes add up to at most `limit`, but of at least one item."""
-    run: list[_T] = []
-    total = 0
-    for item in items:
-        if run and total + size_of(item) > limit:
-            yield run
-            run, total = [], 0
-        run.append(item)
-        total += size_of(item)
-    yield run
 
 
 #: A parameter, and a piece of its direction, origin, gradient and state.
@@ -116,7 +101,7 @@ class Direction:
             self._rehearse_pieces(base, lr, from_zero=False)
             return
         try:
-            for run in _runs(range(len(self.params)), lambda i: self.params[i].numel(), self._share()):
+            for run in runs(range(len(self.params)), lambda i: self.params[i].numel(), self._share()):
                 self._rehearse(base, lr, set(run))
         finally:
             self.restore()
@@ -150,7 +135,7 @@ class Direction:
         group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
         limit = _REHEARSAL_PIECE if self._on_cpu else self._share()
         try:
-            for batch in _runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
+            for batch in runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
                 groups: list[dict[str, Any]] = [
                     {**g, "lr": like(g["lr"], r), "params": []} for g, r in zip(kept["param_groups"], lr, strict=True)
                 ]

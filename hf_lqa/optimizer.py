@@ -206,7 +206,7 @@ class LQA(torch.optim.Optimizer):
         closure = closure if closure is not None else self._armed
         lr = [float(group["lr"]) for group in self.param_groups]
         multiplier = max(lr)
-        if multiplier <= 0 or not with_gradient(self.base):
+        if multiplier <= 0 or all(p.grad is None for group in self.param_groups for p in group["params"]):
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
             self.base.step()
             self.step_size = 0.0
@@ -340,7 +340,7 @@ class LQA(torch.optim.Optimizer):
         weights = (p for group in self.param_groups for p in group["params"])
         device = next(v.device for v in (*values, *weights) if isinstance(v, Tensor))
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        flat = [torch.as_tensor(_scalar(v), device=device).detach().to(dtype).reshape(-1) for v in values]
+        flat = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values]
         return self.reduce(torch.cat(flat)).tolist()
 
     def _relative_noise(self, closure: Callable[[], Tensor]) -> float:
@@ -406,9 +406,12 @@ class LQA(torch.optim.Optimizer):
         self._snapshot = Snapshot(moved, [values[p] for p in moved]) if self._move.awaits_ends else None
 
 
-def _scalar(value: Tensor | float | list[float]) -> Tensor | float | list[float]:
-    """`value`, gathered if it is sharded."""
-    return full(value) if isinstance(value, Tensor) else value
+def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:
+    """`value` on `device`, gathered if it is sharded."""
+    if isinstance(value, Tensor):
+        return full(value).to(device)
+    # Filled there, because a copy from the host would wait for the device.
+    return torch.tensor(value, device=device) if isinstance(value, list) else torch.full((), value, device=device)
 
 
 def _spread(values: list[float], places: list[int], count: int) -> list[float]:

@@ -87,6 +87,7 @@ def run(spec: dict[str, Any]) -> None:
     found = {
         "steps": recorder.steps,
         "type": trainer.accelerator.distributed_type.value,
+        "precision": trainer.accelerator.mixed_precision,
         "sharded": any(hasattr(p, "full_tensor") for g in trainer.lqa.param_groups for p in g["params"]),
     }
     (out / f"rank{rank}.json").write_text(json.dumps(found))

@@ -70,9 +70,20 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
         torch.testing.assert_close(d * found.unit, p.detach() - origin, rtol=1e-9, atol=1e-12)
 
 
+def as_on_an_accelerator(monkeypatch):
+    """Slopes by foreach operations, of what lies in one piece."""
+    monkeypatch.setattr(
+        slopes, "_together", lambda tensors: all(not t.is_sparse and t.is_contiguous() for t in tensors)
+    )
+    monkeypatch.setattr(slopes, "_ACCELERATOR_PIECE", 5000)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("piece", [slopes._PIECE, 1000])
-def test_of_a_large_matrix_every_eighth_row_is_observed(piece, monkeypatch):
+def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monkeypatch):
     monkeypatch.setattr(slopes, "_PIECE", piece)
+    if accelerator:
+        as_on_an_accelerator(monkeypatch)
     layer, head, bias = (nn.Parameter(torch.zeros(*shape)) for shape in [(64, 512), (6, 4096), (2**15,)])
     words = nn.Embedding(100, 200, sparse=True)
     snapshot = Snapshot([layer, head, bias, words.weight])
@@ -127,8 +138,37 @@ def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
     assert float(snapshot.slopes()) == 0
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_half_precision_are_summed_in_single(dtype):
+def test_products_of_half_precision_are_summed_in_single(dtype, accelerator, monkeypatch):
+    if accelerator:
+        as_on_an_accelerator(monkeypatch)
     a, b = torch.full((140_000,), 1.0, dtype=dtype), torch.full((140_000,), 0.5, dtype=dtype)
     total = dot([a, a], [b, b])
     assert total.dtype is torch.float32 and float(total) == 140_000
+
+
+def test_foreach_operations_find_the_same_products(monkeypatch):
+    left, right, minus = ([torch.randn(n, 7) for n in (3, 1, 900, 50)] for _ in range(3))
+    terms = [a.double() * (b.double() - c.double()) for a, b, c in zip(left, right, minus, strict=True)]
+    as_on_an_accelerator(monkeypatch)
+    for found, exact in zip(slopes._products(left, right, minus), terms, strict=True):
+        # The 1-norm of a CPU is summed one by one.
+        assert float(found) == pytest.approx(float(exact.sum()), abs=3e-6 * float(exact.abs().sum()))
+    left[2][5, 5] = float("inf")
+    assert not torch.isfinite(slopes._products(left, right, minus)[2])
+    left[2][5, 5] = float("nan")
+    assert not torch.isfinite(slopes._products(left, right, minus)[2])
+
+
+def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch):
+    params = [nn.Parameter(torch.zeros(64, 512)), nn.Parameter(torch.zeros(5))]
+    saved = Snapshot(params).values
+    monkeypatch.setattr(slopes, "_LARGE", 2**20)
+    assert [v.shape for v in Snapshot(params).values] == [(64, 512), (5,)]
+    snapshot = Snapshot(params, saved)
+    snapshot.take()
+    for p in params:
+        p.grad = torch.ones_like(p)
+        p.data += 1
+    assert snapshot.slopes().tolist() == [8 * 512, 5]

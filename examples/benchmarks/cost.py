@@ -125,16 +125,17 @@ class Bench:
         replayed = ReplayedLoss(model) if probed or isinstance(optimizer, peers.WithBatch) else None
         loss = replayed.record(lambda: compute(batch)) if replayed is not None else compute(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.item()  # a Trainer looks whether it is finite, too
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if isinstance(optimizer, peers.WithBatch):
             assert replayed is not None
             optimizer.batch_loss, optimizer.batch_closure = loss, replayed
             optimizer.fresh_closure = lambda: compute(fresh)
         if isinstance(optimizer, LQA):
+            optimizer.observe_clipping(norm, 1.0)
             optimizer.step(replayed)
         else:
             optimizer.step()
-        loss.item()  # a Trainer looks at every loss, too
         self._synchronize()
         return time.perf_counter() - begun
 

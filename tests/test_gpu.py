@@ -1,0 +1,269 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.attention
+from common import Recorder, arguments, assert_same_weights, language_rows, rows, tiny_bert, tiny_llama, weights
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import hf_lqa
+from hf_lqa import LQA, ReplayedLoss, slopes
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `repeatable`, read when CUDA starts
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+ROOT = Path(__file__).parent.parent
+EVERY = {"optim": "lqa_paper", "optim_args": "base=adamw_torch_fused,probe_interval=1,tau=0.02", "use_cpu": False}
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
+
+
+class Watch(TrainerCallback):
+    """Before each step, replays the recorded loss where it was recorded."""
+
+    def __init__(self, trainer):
+        self.trainer, self.pairs = trainer, []
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        closure = self.trainer.lqa._armed
+        if closure is not None:
+            self.pairs.append((float(closure.loss), float(closure())))
+
+
+def run(folder, model=None, data=None, **changes):
+    model = tiny_bert() if model is None else model
+    trainer = hf_lqa.LQATrainer(
+        model, arguments(folder, **{"max_steps": 4, **EVERY, **changes}), train_dataset=data or rows()
+    )
+    recorder, watch = Recorder(trainer), Watch(trainer)
+    trainer.train()
+    return trainer, recorder, watch
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_replay_is_the_training_loss_bit_for_bit(precision, accumulation, tmp_path):
+    settings = {"gradient_accumulation_steps": accumulation, **PRECISIONS[precision]}
+    trainer, recorder, watch = run(tmp_path, **settings)
+    assert next(trainer.model.parameters()).is_cuda
+    assert len(watch.pairs) >= 4 - (precision == "fp16")
+    assert all(trained == again for trained, again in watch.pairs), watch.pairs
+    assert len({*recorder.steps[-1]["losses"]}) == 3
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_slopes_are_those_of_the_unscaled_loss(precision, tmp_path):
+    """The slope of the probes against the gradient's, which the radius shows: radius = tau loss / abs(g d)."""
+    _, recorder, _ = run(tmp_path, tiny_bert(dropout=0.0), **PRECISIONS[precision])
+    for step in recorder.steps:
+        from_gradient = 0.02 * abs(step["losses"][1]) / step["radius"]
+        assert abs(step["slope"]) == pytest.approx(from_gradient, rel={"fp32": 0.05}.get(precision, 0.3)), step
+
+
+class Overflow(TrainerCallback):
+    """Lets the scaled gradients of one step overflow, as fp16's do."""
+
+    def __init__(self, trainer, at):
+        self.trainer, self.at, self.weights = trainer, at, []
+        self.scales, self.counts = [], []
+        backward = trainer.accelerator.backward
+
+        def overflowing(loss, **kwargs):
+            backward(loss, **kwargs)
+            if trainer.state.global_step == at:
+                next(trainer.model.parameters()).grad.view(-1)[0] = float("inf")
+
+        trainer.accelerator.backward = overflowing
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.weights.append(weights(self.trainer.model))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.scales.append(self.trainer.accelerator.scaler.get_scale())
+        self.counts.append(self.trainer.lqa.counts["steps"])
+
+
+def test_fp16_overflow_skips_the_step_and_nothing_else(tmp_path):
+    trainer = hf_lqa.LQATrainer(tiny_bert(), arguments(tmp_path, max_steps=6, fp16=True, **EVERY), train_dataset=rows())
+    overflow = Overflow(trainer, at=2)
+    trainer.train()
+    assert_same_weights(overflow.weights[2], overflow.weights[3])
+    assert any(not torch.equal(a, b) for a, b in zip(*(overflow.weights[i].values() for i in (3, 4)), strict=True))
+    assert overflow.scales[2] == overflow.scales[1] / 2
+    assert overflow.counts[2] == overflow.counts[1] and trainer.lqa.last_probe.step == trainer.lqa.counts["steps"] - 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_it_learns_in_every_precision(precision, tmp_path):
+    trainer = hf_lqa.LQATrainer(
+        tiny_bert(), arguments(tmp_path, max_steps=80, use_cpu=False, **PRECISIONS[precision]), train_dataset=rows()
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+class WithoutLQA(TrainerCallback):
+    def __init__(self, rates):
+        self.rates = iter(rates)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        rate = next(self.rates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+@pytest.fixture
+def repeatable():
+    """Kernels that sum in the same order each time."""
+    torch.use_deterministic_algorithms(True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_probes_leave_no_trace_in_training(precision, tmp_path, repeatable):
+    settings = {"use_cpu": False, "max_steps": 14, **PRECISIONS[precision]}
+    ours = hf_lqa.LQATrainer(
+        tiny_bert(), arguments(tmp_path, optim_args="probe_interval=3", **settings), train_dataset=rows()
+    )
+    ours.train()
+    assert ours.lqa.counts["probe_forwards"] >= 10
+    rates = [entry["learning_rate"] for entry in ours.state.log_history if "loss" in entry]
+    stock = Trainer(
+        tiny_bert(),
+        arguments(tmp_path, optim="adamw_torch_fused", **settings),
+        train_dataset=rows(),
+        callbacks=[WithoutLQA(rates)],
+    )
+    stock.train()
+    assert_same_weights(weights(stock.model), weights(ours.model))
+
+
+def test_torch_compile(tmp_path):
+    _, recorder, watch = run(tmp_path, tiny_bert(dropout=0.0), max_steps=2, torch_compile=True)
+    _, eager, _ = run(tmp_path / "eager", tiny_bert(dropout=0.0), max_steps=2)
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in watch.pairs)
+    for step, reference in zip(recorder.steps, eager.steps, strict=True):
+        assert step["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+
+
+def prepared(sizes=(64, 64, 64), **options):
+    """Models with the same weights and gradients, each with LQA or its base, after two steps."""
+    found = []
+    for with_lqa in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))).cuda()
+        base = torch.optim.AdamW(model.parameters(), lr=1.0 if with_lqa else 1e-3, fused=True)
+        optimizer = LQA(base, **options) if with_lqa else base
+        for _ in range(2):
+            optimizer.zero_grad()
+            closure = ReplayedLoss(model)
+            closure.record(lambda model=model: model(torch.ones(4, sizes[0], device="cuda")).square().mean()).backward()
+            optimizer.step(*((closure,) if with_lqa else ()))
+        found.append((model, optimizer, closure))
+    return found
+
+
+def kernels(step):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def synchronizations(step):
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return len([w for w in caught if "synchroniz" in str(w.message)])
+
+
+def test_a_step_without_probe_launches_what_the_base_launches_and_waits_for_nothing(monkeypatch):
+    (_, lqa, _), (_, base, _) = prepared(policy="paper", probe_interval=100)
+    assert synchronizations(lqa.step) == synchronizations(base.step) == 0
+    assert sorted(kernels(lqa.step)) == sorted(kernels(base.step))
+
+
+@pytest.mark.parametrize("depth", [2, 40])
+def test_a_probe_waits_twice_and_an_observed_step_once_whatever_the_depth(depth):
+    # Once for the slope that gives the radius, once for both losses.
+    (_, lqa, closure), _ = prepared(policy="paper", probe_interval=1, sizes=(64,) * depth)
+    assert synchronizations(lambda: lqa.step(closure)) == 2
+    (_, lqa, _), _ = prepared(sizes=(64,) * depth)
+    lqa.step()  # observed, as those around it
+    assert not lqa.wants_probe
+    assert synchronizations(lqa.step) == 1
+
+
+def test_launches_of_an_observed_step_do_not_grow_with_the_depth():
+    counts = []
+    for depth in (3, 40):
+        (_, lqa, _), (_, base, _) = prepared(sizes=(64,) * depth)
+        lqa.step()
+        counts.append(len(kernels(lqa.step)) - len(kernels(base.step)))
+    assert counts[1] <= counts[0] + 10, counts
+
+
+def test_products_at_once_are_those_of_one_after_the_other():
+    left, right, minus = ([torch.randn(n, 700, device="cuda") for n in (3, 1, 900, 7000)] for _ in range(3))
+    together = slopes._products(left, right, minus)
+    for i, found in enumerate(together):
+        terms = left[i].double() * (right[i].double() - minus[i].double())
+        assert float(found) == pytest.approx(float(terms.sum()), abs=1e-6 * float(terms.abs().sum()))
+        assert float(slopes._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
+
+
+def launch(launcher, spec, folder):
+    (folder / "specs.json").write_text(json.dumps([spec]))
+    Path(spec["out"]).mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests" / "distributed_script.py"), str(folder / "specs.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((Path(spec["out"]) / "rank0.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_nccl_with_one_process(kind, tmp_path):
+    options = {**EVERY, "max_steps": 3, "lr_scheduler_type": "constant", "optim_args": "probe_interval=1,tau=0.3"}
+    spec = {"model": "llama", "arguments": options, "out": str(tmp_path / "run")}
+    if kind == "fsdp2":
+        spec["state_dict_type"] = "SHARDED_STATE_DICT"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    found = launch(launcher, spec, tmp_path)
+    assert found["sharded"] == (kind == "fsdp2")
+    _, recorder, _ = run(tmp_path / "alone", tiny_llama(), language_rows(128), **options)
+    for step, reference in zip(found["steps"], recorder.steps, strict=True):
+        for key in ("slope", "curvature", "step_size"):
+            assert step[key] == pytest.approx(reference[key], rel=1e-2), (step["step"], key)
+
+
+@pytest.mark.parametrize("name", ["one_gpu_bf16", "one_gpu_fp16"])
+def test_the_configurations_for_a_gpu_run(name, tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"configs/accelerate/{name}.yaml")]
+    spec = {"arguments": {"use_cpu": False, "max_steps": 3}, "out": str(tmp_path / "run")}
+    found = launch(launcher, spec, tmp_path)
+    assert found["steps"][-1]["forwards"] > 0
+    assert (found["type"], found["precision"]) == ("NO", name.removeprefix("one_gpu_"))
