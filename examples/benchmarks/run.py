@@ -472,7 +472,9 @@ def run(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[st
         "error": error,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
 
 
@@ -570,6 +572,20 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         )
     ],
     "insensitivity": [(["trec6", "vader_tweets"], [f"lqa+{change}" for change in CHANGES], SEEDS, {})],
+    # What a GPU is for: three epochs, and language models with batches of a usual size.
+    "epochs": [
+        (
+            [task],
+            ["lqa", *adamw("3e-5", "3e-3")],
+            SEEDS,
+            {"max_steps": steps, "batch_size": 32, "max_length": 64, "max_eval_samples": None, "bf16": True},
+        )
+        for task, steps in zip(TEXTS, (513, 939, 429, 318, 516), strict=True)
+    ],
+    "language": [
+        ([task], ["lqa", *rates], SEEDS, {"max_steps": 200, "batch_size": 16, "max_length": 128, "bf16": True})
+        for task, rates in zip(LANGUAGE, (adamw("1e-5", "1e-3"), adamw("1e-4", "1e-2")), strict=True)
+    ],
     "sgd": [(TEXTS, [f"sgd@{rate}+warmup+momentum=0.9" for rate in ("3e-3", "1e-2", "3e-2")], [0], {})],
 }
 
