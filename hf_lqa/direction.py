@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .slopes import dot, local, runs
+from .slopes import dot, local, local_part, runs
 
-#: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory.
-REHEARSAL_SHARE = 1 / 16
+#: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
+#: accelerator for so many elements at least, if they go by pieces: short steps would cost more than a little memory.
+REHEARSAL_SHARE, _ACCELERATOR_PIECE = 1 / 16, 2**22
 
 #: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
 _REHEARSAL_PIECE = 2**19
@@ -57,6 +58,23 @@ def _copy_state(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copy_state(v) for k, v in value.items()}
     return copy.deepcopy(value)
+
+
+def _copy_states(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of several parameters' states, whose tensors are copied together."""
+    copies: list[dict[str, Any]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for state in states:
+        copies.append({})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                copies[-1][key] = torch.empty_like(value)
+                pairs.append((copies[-1][key], value))
+            else:
+                copies[-1][key] = _copy_state(value)
+    if pairs:
+        torch._foreach_copy_([copy for copy, _ in pairs], [value for _, value in pairs])
+    return copies
 
 
 def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
@@ -118,10 +136,10 @@ class Direction:
         """
         if any(p.dtype is torch.float16 for p in self.params):
             return 1.0
-        weights = math.sqrt(float(dot(self.origin, self.origin)))
         gradients = [p.grad.detach() for p in self.params if p.grad is not None]
         slopes = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        gradient = math.sqrt(float(dot(slopes, slopes)))
+        squares = torch.stack([dot(self.origin, self.origin), dot(slopes, slopes)]).tolist()  # one synchronisation
+        weights, gradient = map(math.sqrt, squares)
         if not (math.isfinite(weights) and math.isfinite(gradient) and weights > gradient > 0):
             return 1.0
         return 2.0 ** min(math.ceil(math.log2(weights / gradient)), 30)
@@ -133,23 +151,24 @@ class Direction:
         """
         kept = dict(vars(base))
         group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
-        limit = _REHEARSAL_PIECE if self._on_cpu else self._share()
+        limit = _REHEARSAL_PIECE if self._on_cpu else max(self._share(), _ACCELERATOR_PIECE)
         try:
             for batch in runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
                 groups: list[dict[str, Any]] = [
                     {**g, "lr": like(g["lr"], r), "params": []} for g, r in zip(kept["param_groups"], lr, strict=True)
                 ]
                 base.param_groups, base.state = groups, defaultdict(dict)
-                for p, piece, start, grad, state in batch:
-                    piece.zero_() if from_zero else piece.copy_(start)
+                states = _copy_states([state for *_, state in batch])
+                for (p, piece, _, grad, _), state in zip(batch, states, strict=True):
                     piece.grad = grad
                     groups[group_of[p]]["params"].append(piece)
                     if state:
-                        base.state[piece] = {k: _copy_state(v) for k, v in state.items()}
+                        base.state[piece] = state
+                pieces, starts = [piece for _, piece, *_ in batch], [start for _, _, start, *_ in batch]
+                torch._foreach_zero_(pieces) if from_zero else torch._foreach_copy_(pieces, starts)
                 _unhooked_step(base)
                 if not from_zero:
-                    for _, piece, start, _, _ in batch:
-                        piece.sub_(start)
+                    torch._foreach_sub_(pieces, starts)
         finally:
             vars(base).clear()
             vars(base).update(kept)
@@ -161,12 +180,15 @@ class Direction:
         """
         for p, target, start in zip(self.params, local(self.tensors), local(self.origin), strict=True):
             assert p.grad is not None
-            (grad,) = local([p.grad.detach()])
-            state = {k: local([v])[0] if isinstance(v, Tensor) else v for k, v in states.get(p, {}).items()}
-            whole = {"target": target, "start": start, "grad": grad}
+            grad = local_part(p.grad)
+            state = {k: local_part(v) if isinstance(v, Tensor) else v for k, v in states.get(p, {}).items()}
+            if target.numel() <= limit:
+                yield p, target.detach(), start, grad.detach(), state
+                continue
+            whole = {"target": target, "start": start, "grad": grad.detach()}
             whole |= {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == target.shape}
-            size = limit if target.dim() and all(t.is_contiguous() for t in whole.values()) else max(target.numel(), 1)
-            for begin in range(0, max(target.numel(), 1), size):
+            size = limit if all(t.is_contiguous() for t in whole.values()) else target.numel()
+            for begin in range(0, target.numel(), size):
                 cut = (
                     whole if size >= target.numel() else {k: v.view(-1)[begin : begin + size] for k, v in whole.items()}
                 )

@@ -126,6 +126,7 @@ class LQA(torch.optim.Optimizer):
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
         self._snapshot: Snapshot | None = None
+        self._places: list[int] = []  # of the snapshot's parameters
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
         self._move = _Move()
@@ -297,7 +298,8 @@ class LQA(torch.optim.Optimizer):
     def _take_snapshot(self) -> Snapshot:
         params = with_gradient(self.base)
         if self._snapshot is None or not _same(self._snapshot.params, params):
-            self._snapshot = Snapshot(params)
+            place = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            self._snapshot, self._places = Snapshot(params), [place[p] for p in params]
         self._snapshot.take()
         return self._snapshot
 
@@ -319,9 +321,7 @@ class LQA(torch.optim.Optimizer):
             starts: Tensor | list[float] = []
             if self.policy.wants_start_slope(step):
                 starts = snapshot.slopes() / (step_size * clip)
-            place = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            places = [place[p] for p in snapshot.params]
-            self._move = _Move(step_size, self.policy.factor(step) * multiplier, places, starts)
+            self._move = _Move(step_size, self.policy.factor(step) * multiplier, self._places, starts)
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -401,8 +401,8 @@ class LQA(torch.optim.Optimizer):
         # Cast and placed by the base's load_state_dict like its own state.
         values = {p: s.pop(_SNAPSHOT_KEY) for p, s in self.state.items() if _SNAPSHOT_KEY in s}
         self._move = _Move(**own["move"])
-        params = [p for group in self.param_groups for p in group["params"]]
-        moved = [params[place] for place in self._move.places]
+        params, self._places = [p for group in self.param_groups for p in group["params"]], self._move.places
+        moved = [params[place] for place in self._places]
         self._snapshot = Snapshot(moved, [values[p] for p in moved]) if self._move.awaits_ends else None
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+#: Types of most tensors: an attribute that is missing is looked for at length.
+_PLAIN = (Tensor, torch.nn.Parameter)
 #: Elements of a temporary: what a CPU's cache holds, and little of an accelerator's memory.
 _PIECE, _ACCELERATOR_PIECE = 2**17, 2**22
 #: One row of so many is observed where there are at least so many rows and elements. A CPU waits for memory; an
@@ -29,7 +31,8 @@ def runs(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Itera
             run, total = [], 0
         run.append(item)
         total += size_of(item)
-    yield run
+    if run:
+        yield run
 
 
 def full(scalar: Tensor) -> Tensor:
@@ -40,13 +43,17 @@ def full(scalar: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a `DTensor`, whose class is not there to be imported in every build of PyTorch."""
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
 
 
-@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """`tensor`, or this rank's shard of it, sharing its memory; to be called without gradient."""
+    return getattr(tensor, "to_local")() if is_sharded(tensor) else tensor  # noqa: B009
+
+
 def local(tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor, or this rank's shard of it, sharing its memory: `DTensor` knows few of the foreach operations."""
-    return [getattr(t, "to_local")() if is_sharded(t) else t for t in tensors]  # noqa: B009
+    """`local_part` of each: `DTensor` knows few of the foreach operations."""
+    return [local_part(t) for t in tensors]
 
 
 def mean_over_ranks(scalars: Tensor) -> Tensor:
@@ -67,37 +74,49 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     return _shares(left, _products(local(left), local(right))).sum()
 
 
-def _products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> list[Tensor]:
-    """``<left_i, right_i - minus_i>`` of each, 0-dim tensors; of tensors that are not sharded."""
-    triples: list[tuple[Tensor, ...]] = list(zip(left, right, *(() if minus is None else (minus,)), strict=True))
-    alike: dict[torch.device, list[int]] = {}
-    for i, triple in enumerate(triples):
-        if _together(triple):
-            alike.setdefault(left[i].device, []).append(i)
-    found: dict[int, Tensor] = {}
-    for indices in alike.values():
-        for run in runs(indices, lambda i: left[i].numel(), _ACCELERATOR_PIECE):
-            columns = (list(column) for column in zip(*(triples[i] for i in run), strict=True))
-            found.update(zip(run, _foreach_products(*columns), strict=True))
-    return [found[i] if i in found else _product(*triple) for i, triple in enumerate(triples)]
+def _products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
+    """``<left_i, right_i - minus_i>`` of each as one vector, in float32 or better; of tensors that are not sharded."""
+    sides = [left, right] if minus is None else [left, right, minus]
+    parts: list[Tensor] = []
+    together, order = _together(left, right), list[int]()
+    for run in runs(together, lambda i: left[i].numel(), _ACCELERATOR_PIECE):
+        parts.append(_foreach_products(*([side[i] for i in run] for side in sides)))
+        order += run
+    alone = sorted({*range(len(left))} - {*together}) if len(together) < len(left) else []
+    if alone:
+        single = [_product(*(side[i] for side in sides)) for i in alone]
+        device, dtype = single[0].device, torch.promote_types(single[0].dtype, torch.float32)
+        found = torch.stack([product.to(device, dtype) for product in single])
+        # Most often it is the table of word vectors, which comes first.
+        first = alone[-1] < len(alone)
+        parts, order = ([found, *parts], alone + order) if first else ([*parts, found], order + alone)
+    vector = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if order == list(range(len(left))):
+        return vector
+    place = {i: at for at, i in enumerate(order)}
+    shares = vector.unbind()
+    return torch.stack([shares[place[i]] for i in range(len(left))])
 
 
-def _together(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether foreach operations take these, with others like them, in one launch."""
-    return all(
-        t.device.type != "cpu" and not t.is_sparse and t.numel() <= _ACCELERATOR_PIECE and t.is_contiguous()
-        for t in tensors
-    )
+def _together(left: list[Tensor], right: list[Tensor]) -> list[int]:
+    """The places of those that foreach operations take in one launch, with others like them."""
+    devices = {t.device for t in right}
+    if len(devices) > 1 or devices.pop().type == "cpu":
+        return []
+    return [
+        i
+        for i, (a, b) in enumerate(zip(left, right, strict=True))
+        if b.is_contiguous() and not a.is_sparse and a.is_contiguous() and b.numel() <= _ACCELERATOR_PIECE
+    ]
 
 
-def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Iterable[Tensor]:
+def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
     """`_products`, in a number of launches that hardly depends on the number of tensors."""
     left, right = ([t.float() if t.dtype in _HALF else t for t in side] for side in (left, right))
     products = torch._foreach_mul(left, right if minus is None else torch._foreach_sub(right, minus))
     # There is no foreach sum. Of the numbers above zero, and of the sizes of all, the 1-norm is one.
     above = torch._foreach_clamp_min(products, 0)
-    sums = [torch.stack(torch._foreach_norm(side, 1)) for side in (above, products)]
-    return (2 * sums[0] - sums[1]).unbind()
+    return 2 * torch.stack(torch._foreach_norm(above, 1)) - torch.stack(torch._foreach_norm(products, 1))
 
 
 def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
@@ -128,31 +147,22 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
-def _shares(tensors: list[Tensor], products: list[Tensor]) -> Tensor:
-    """`products` as one vector, in which those of tensors that are sharded are summed over the shards.
+def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
+    """`products`, in which those of tensors that are sharded are summed over the shards.
 
     One collective for all tensors that are sharded alike.
     """
     alike: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        placed: Any = is_sharded(tensor) and (getattr(tensor, "device_mesh"), getattr(tensor, "placements"))  # noqa: B009
-        alike.setdefault(placed, []).append(i)
-    device = products[0].device
-    ordered = list(range(len(tensors)))
-    shares: dict[int, Tensor] = {}
-    for placed, indices in alike.items():
-        dtype = torch.promote_types(products[indices[0]].dtype, torch.float32)
-        part = torch.stack([products[i].to(device=device, dtype=dtype) for i in indices])
-        if placed:
-            from torch.distributed.tensor import DTensor, Partial, Replicate
+        if is_sharded(tensor):
+            placed: Any = getattr(tensor, "device_mesh"), getattr(tensor, "placements")  # noqa: B009
+            alike.setdefault(placed, []).append(i)
+    for (mesh, placements), indices in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
-            mesh, placements = placed
-            kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
-            part = DTensor.from_local(part, mesh, kinds, run_check=False).full_tensor()
-        if indices == ordered:
-            return part
-        shares.update(zip(indices, part.unbind(), strict=True))
-    return torch.stack([shares[i] for i in ordered])
+        kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
+        products[indices] = DTensor.from_local(products[indices], mesh, kinds, run_check=False).full_tensor()
+    return products
 
 
 def is_sampled(tensor: Tensor) -> bool:
@@ -185,7 +195,7 @@ class Snapshot:
         self.params = params
         if values is None:
             self._sampled = [is_sampled(p) for p in params]
-            values = [torch.empty_like(rows) for rows in self._observed([p.detach() for p in params])]
+            values = [torch.empty_like(rows, requires_grad=False) for rows in self._observed(params)]
         else:
             # On another kind of device they may have been cut where here they would not be.
             self._sampled = [v.shape != p.shape for v, p in zip(values, params, strict=True)]
@@ -196,11 +206,11 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        pairs = list(zip(local(self.values), local(self._observed([p.detach() for p in self.params])), strict=True))
+        values, weights = local(self.values), local(self._observed(self.params))
         # With one sample among them, a foreach operation would be a loop over all.
-        for whole in (True, False):
-            if alike := [pair for pair in pairs if pair[1].is_contiguous() is whole]:
-                torch._foreach_copy_([value for value, _ in alike], [weight for _, weight in alike])
+        for cut in (False, True):
+            if places := [i for i, sampled in enumerate(self._sampled) if sampled is cut]:
+                torch._foreach_copy_([values[i] for i in places], [weights[i] for i in places])
 
     @torch.no_grad()
     def slopes(self) -> Tensor:
@@ -208,10 +218,6 @@ class Snapshot:
 
         1-dim, equal on all ranks that hold equal values; 0 for a parameter whose gradient is missing.
         """
-        weights = [p.detach() for p in self.params]
-        gradients = [
-            p.grad.detach() if p.grad is not None else torch.zeros_like(w)
-            for p, w in zip(self.params, weights, strict=True)
-        ]
-        gradients, weights = self._observed(gradients), self._observed(weights)
+        gradients = self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])
+        weights = self._observed(self.params)
         return _shares(gradients, _products(local(gradients), local(weights), local(self.values)))

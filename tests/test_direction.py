@@ -72,9 +72,11 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
 
 def as_on_an_accelerator(monkeypatch):
     """Slopes by foreach operations, of what lies in one piece."""
-    monkeypatch.setattr(
-        slopes, "_together", lambda tensors: all(not t.is_sparse and t.is_contiguous() for t in tensors)
-    )
+
+    def together(left, right):
+        return [i for i, a in enumerate(left) if not a.is_sparse and a.is_contiguous() and right[i].is_contiguous()]
+
+    monkeypatch.setattr(slopes, "_together", together)
     monkeypatch.setattr(slopes, "_ACCELERATOR_PIECE", 5000)
 
 
