@@ -16,7 +16,7 @@ from torch import Tensor
 from .direction import Direction, with_gradient
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
-from .slopes import Snapshot, full, is_sharded, mean_over_ranks
+from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
 _GROUP_KEY, _SNAPSHOT_KEY = "lqa", "lqa_snapshot"
@@ -245,7 +245,8 @@ class LQA(torch.optim.Optimizer):
             assert isinstance(move.starts, list)
             self.last_end_slope, self._move = sum(move.ends), _Move()
             sizes = [p.numel() for group in self.param_groups for p in group["params"]]
-            starts, ends = (_spread(slopes, move.places, len(sizes)) for slopes in (move.starts, move.ends))
+            starts = _spread(move.starts, move.places, len(sizes), 0.0)
+            ends = _spread(move.ends, move.places, len(sizes), math.nan)
             self.policy.observe_end(starts, ends, sizes, move.factor)
         if probe is not None:
             self.last_probe = probe
@@ -296,7 +297,8 @@ class LQA(torch.optim.Optimizer):
         return probe, slope
 
     def _take_snapshot(self) -> Snapshot:
-        params = with_gradient(self.base)
+        moved = with_gradient(self.base)
+        params = [moved[i] for i in observed(moved)]
         if self._snapshot is None or not _same(self._snapshot.params, params):
             place = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
             self._snapshot, self._places = Snapshot(params), [place[p] for p in params]
@@ -414,10 +416,10 @@ def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor
     return torch.tensor(value, device=device) if isinstance(value, list) else torch.full((), value, device=device)
 
 
-def _spread(values: list[float], places: list[int], count: int) -> list[float]:
-    """A list of `count` numbers with `values` at `places`, and 0 elsewhere; nothing if there are no values."""
+def _spread(values: list[float], places: list[int], count: int, rest: float) -> list[float]:
+    """A list of `count` numbers with `values` at `places`, and `rest` elsewhere; nothing if there are no values."""
     at = dict(zip(places, values, strict=False))
-    return [at.get(i, 0.0) for i in range(count)] if values else []
+    return [at.get(i, rest) for i in range(count)] if values else []
 
 
 def _to_plain(probe: ProbeRecord) -> dict[str, Any]:

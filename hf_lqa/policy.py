@@ -111,9 +111,9 @@ class PaperPolicy:
         """Take the slopes at both ends of a step, ``<gradient, move> / step_size`` of each parameter.
 
         Args:
-            starts: at its start, on the step's own batch; loss per unit step, negative where the loss falls. Empty
-                unless `wants_start_slope`.
-            ends: at its end, on the next batch.
+            starts: at its start, on the step's own batch; loss per unit step, negative where the loss falls, 0 where
+                it is not known. Empty unless `wants_start_slope`.
+            ends: at its end, on the next batch; NaN where it is not known.
             sizes: number of elements of each parameter.
             factor: what multiplied the level in that step: schedule and ramp.
         """
@@ -214,6 +214,7 @@ class CrossBatchPolicy(PaperPolicy):
     _SETTLING: ClassVar[float] = 0.5
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
+    _LEAST: ClassVar[float] = 0.5
     #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
     _HORIZON: ClassVar[int] = 100
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
@@ -250,6 +251,8 @@ class CrossBatchPolicy(PaperPolicy):
     #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
     convex: bool | None = field(default=None, init=False)
     lowest: float = field(default=0.0, init=False)
+    #: The level at their end.
+    settled: float = field(default=0.0, init=False)
     starts: list[float] = field(default_factory=list, init=False)
     ends: list[float] = field(default_factory=list, init=False)
 
@@ -269,7 +272,9 @@ class CrossBatchPolicy(PaperPolicy):
     @property
     def _aim(self) -> float:
         """Where ``r / rms(r)`` should be; positive beyond the minimum."""
-        return self._BEYOND * abs(self.lowest) - self._short
+        assert self.step_size is not None
+        short = self._short if self.step_size > self._LEAST * self.settled else 0.0
+        return self._BEYOND * abs(self.lowest) - short
 
     def cadence(self) -> str:
         first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
@@ -315,6 +320,8 @@ class CrossBatchPolicy(PaperPolicy):
         known = len(self.starts)
         if len(ends) < known:
             return
+        if self.observations == 0:
+            self.settled = self.step_size
         # Parameters that were added later are without a scale.
         ratio = end_ratio(self.starts, ends[:known], _weights(sizes[:known]))
         square = ratio * ratio
@@ -329,8 +336,11 @@ class CrossBatchPolicy(PaperPolicy):
 
     def _observe_first(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> None:
         """Take an observation of the first steps, with the averages as of an exponential decay from zero."""
-        if not all(map(math.isfinite, (*starts, *ends))) or len(starts) != len(self.starts or starts):
+        known = [end for start, end in zip(starts, ends, strict=True) if start]
+        if not all(map(math.isfinite, (*starts, *known))) or len(starts) != len(self.starts or starts):
             return
+        # Of those that did not move, or are not observed, nothing is known.
+        ends = [end if start else 0.0 for start, end in zip(starts, ends, strict=True)]
         self.first_observations = count = self.first_observations + 1
         if count == 1:
             self.starts, self.ends = [0.0] * len(starts), [0.0] * len(starts)

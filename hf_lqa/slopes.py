@@ -17,6 +17,8 @@ _PIECE, _ACCELERATOR_PIECE = 2**17, 2**22
 #: One row of so many is observed where there are at least so many rows and elements. A CPU waits for memory; an
 #: accelerator takes what lies in one piece together, and for small matrices its launches are dearer than their memory.
 _EVERY, _MANY_ROWS, _LARGE, _ACCELERATOR_LARGE = 8, 64, 2**14, 2**20
+#: Of so many parameters slopes are observed on an accelerator, where each takes its time whatever its size.
+_ACCELERATOR_MANY = 32
 
 _T = TypeVar("_T")
 
@@ -163,6 +165,20 @@ def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
         kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
         products[indices] = DTensor.from_local(products[indices], mesh, kinds, run_check=False).full_tensor()
     return products
+
+
+def observed(params: list[Tensor]) -> list[int]:
+    """The places of those whose slopes are observed: all on a CPU; elsewhere matrices alone, of many some of all depths.
+
+    What is sought is the median over parameters, in which vectors hardly count.
+    """
+    if params[0].device.type == "cpu":
+        return list(range(len(params)))
+    places = [i for i, p in enumerate(params) if p.dim() > 1] or list(range(len(params)))
+    if len(places) <= _ACCELERATOR_MANY:
+        return places
+    distance = (len(places) - 1) / (_ACCELERATOR_MANY - 1)
+    return [places[round(i * distance)] for i in range(_ACCELERATOR_MANY)]
 
 
 def is_sampled(tensor: Tensor) -> bool:

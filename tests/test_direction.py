@@ -1,6 +1,7 @@
 """The direction is the base optimizer's own update at unit learning rate, however it was found."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -174,3 +175,16 @@ def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch
         p.grad = torch.ones_like(p)
         p.data += 1
     assert snapshot.slopes().tolist() == [8 * 512, 5]
+
+
+@pytest.mark.parametrize("layers", [1, 8, 50])
+def test_on_an_accelerator_matrices_of_all_depths_are_observed(layers):
+    shapes = [(100, 8), *[(8, 8), (8,), (8, 8), (8,)] * layers, (3, 8)]
+    meta = [torch.empty(shape, device="meta") for shape in shapes]
+    places = slopes.observed(meta)
+    matrices = [i for i, shape in enumerate(shapes) if len(shape) > 1]
+    assert (places[0], places[-1]) == (0, len(shapes) - 1)
+    assert places == matrices if len(matrices) <= 32 else len(places) == 32 and set(places) < set(matrices)
+    assert max(b - a for a, b in itertools.pairwise(places)) <= 2 * len(shapes) / len(places) + 2
+    assert slopes.observed([torch.empty(3, device="meta")]) == [0]
+    assert slopes.observed([torch.empty(3), torch.empty(3, 3)]) == [0, 1]

@@ -62,13 +62,13 @@ def test_the_replay_is_the_training_loss_bit_for_bit(precision, accumulation, tm
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_slopes_are_those_of_the_unscaled_loss(precision, tmp_path):
     """The slope of the probes against the gradient's, which the radius shows: radius = tau loss / abs(g d)."""
-    # Close to the derivative, and close enough where rounding errors need a longer way. fp16's scale is 65,536.
-    tau, tolerance = (0.002, 0.05) if precision == "fp32" else (0.02, 0.6)
+    # Close to the derivative; where rounding errors need a longer way, at least of its order: fp16's scale is 65,536.
+    tau, factor = (0.002, 1.05) if precision == "fp32" else (0.02, 5)
     settings = {"optim_args": f"base=adamw_torch_fused,probe_interval=1,tau={tau}", **PRECISIONS[precision]}
     _, recorder, _ = run(tmp_path, tiny_bert(dropout=0.0), **settings)
     for step in recorder.steps:
         from_gradient = tau * abs(step["losses"][1]) / step["radius"]
-        assert abs(step["slope"]) == pytest.approx(from_gradient, rel=tolerance), step
+        assert 1 / factor < abs(step["slope"]) / from_gradient < factor, step
 
 
 class Overflow(TrainerCallback):
