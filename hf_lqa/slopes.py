@@ -168,7 +168,7 @@ def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
 
 
 def observed(params: list[Tensor]) -> list[int]:
-    """The places of those whose slopes are observed: on a CPU all; elsewhere matrices alone, of many some of all depths.
+    """The places of those that are observed: on a CPU all; elsewhere matrices alone, of many some of all depths.
 
     What is sought is the median over parameters, in which vectors hardly count.
     """
