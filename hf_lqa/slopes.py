@@ -80,36 +80,32 @@ def _products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | Non
     """``<left_i, right_i - minus_i>`` of each as one vector, in float32 or better; of tensors that are not sharded."""
     sides = [left, right] if minus is None else [left, right, minus]
     parts: list[Tensor] = []
-    together, order = _together(left, right), list[int]()
-    for run in runs(together, lambda i: left[i].numel(), _ACCELERATOR_PIECE):
-        parts.append(_foreach_products(*([side[i] for i in run] for side in sides)))
-        order += run
-    alone = sorted({*range(len(left))} - {*together}) if len(together) < len(left) else []
-    if alone:
+    order: list[int] = []
+    for alike in _together(left, right):
+        for run in runs(alike, lambda i: left[i].numel(), _ACCELERATOR_PIECE):
+            parts.append(_foreach_products(*([side[i] for i in run] for side in sides)))
+            order += run
+    if alone := sorted({*range(len(left))} - {*order}):
         single = [_product(*(side[i] for side in sides)) for i in alone]
         device, dtype = single[0].device, torch.promote_types(single[0].dtype, torch.float32)
-        found = torch.stack([product.to(device, dtype) for product in single])
-        # Most often it is the table of word vectors, which comes first.
-        first = alone[-1] < len(alone)
-        parts, order = ([found, *parts], alone + order) if first else ([*parts, found], order + alone)
+        parts.append(torch.stack([product.to(device, dtype) for product in single]))
+        order += alone
     vector = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order == list(range(len(left))):
+    if order == sorted(order):
         return vector
     place = {i: at for at, i in enumerate(order)}
     shares = vector.unbind()
     return torch.stack([shares[place[i]] for i in range(len(left))])
 
 
-def _together(left: list[Tensor], right: list[Tensor]) -> list[int]:
-    """The places of those that foreach operations take in one launch, with others like them."""
+def _together(left: list[Tensor], right: list[Tensor]) -> list[list[int]]:
+    """The places of those that foreach operations take, those that they take in one launch apart from the others."""
     devices = {t.device for t in right}
     if len(devices) > 1 or devices.pop().type == "cpu":
         return []
-    return [
-        i
-        for i, (a, b) in enumerate(zip(left, right, strict=True))
-        if b.is_contiguous() and not a.is_sparse and a.is_contiguous() and b.numel() <= _ACCELERATOR_PIECE
-    ]
+    fit = [i for i, a in enumerate(left) if not a.is_sparse and right[i].numel() <= _ACCELERATOR_PIECE]
+    whole = [i for i in fit if left[i].is_contiguous() and right[i].is_contiguous()]
+    return [whole, sorted({*fit} - {*whole})]
 
 
 def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
@@ -163,6 +159,8 @@ def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
+        if len(indices) == len(tensors):
+            return DTensor.from_local(products, mesh, kinds, run_check=False).full_tensor()
         products[indices] = DTensor.from_local(products[indices], mesh, kinds, run_check=False).full_tensor()
     return products
 
