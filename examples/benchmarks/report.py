@@ -26,7 +26,7 @@ PAPER = ("linear", "logistic", "mlp_mnist", "lenet_cifar")
 TASKS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8", "smollm2", "smollm2_lora", *PAPER)
 SETTING = (
     *("max_steps", "batch_size", "max_length", "schedule"),
-    *("max_eval_samples", "max_grad_norm", "group_by_length", "bf16"),
+    *("max_eval_samples", "max_grad_norm", "group_by_length", "bf16", "accelerator"),
 )
 #: Where an old line does not say.
 OLD = {
@@ -52,7 +52,8 @@ STYLES = [
 
 
 def read(path: Path) -> list[Run]:
-    return [{**OLD, **json.loads(line)} for line in path.read_text(encoding="utf-8").splitlines() if line]
+    runs = [{**OLD, **json.loads(line)} for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [{**run, "accelerator": "" if "threads" in run["machine"] else run["machine"]} for run in runs]
 
 
 def setting_of(run: Run) -> Setting:
@@ -117,10 +118,10 @@ class Table:
         return best, wanted[best]
 
     def title(self) -> str:
-        steps, batch, length, schedule, rows, clip, grouped, bf16 = self.setting
+        steps, batch, length, schedule, rows, clip, grouped, bf16, accelerator = self.setting
         parts = [f"{steps} steps", f"batch {batch}", f"{length} tokens" if length else "", f"{schedule} schedule"]
         parts += [f"{rows} validation rows" if rows else "", "" if clip else "unclipped"]
-        parts += ["grouped by length" if grouped else "", "bf16 autocast" if bf16 else ""]
+        parts += ["grouped by length" if grouped else "", "bf16 autocast" if bf16 else "", accelerator]
         return f"{self.task}: " + ", ".join(part for part in parts if part)
 
 
@@ -483,12 +484,13 @@ FIGURES = {
 def report(runs: list[Run], folder: Path) -> str:
     tables = tables_of(runs)
     chosen = main_tables(tables)
-    newest = runs[-1]
+    newest = next((run for run in reversed(runs) if not run["accelerator"]), runs[-1])
     parts = [
         "# Benchmark",
         "Made by `python examples/benchmarks/report.py` from the raw results beside it; all runs by"
         " `python examples/benchmarks/run.py --table --data_dir data`, which says what each task and method is."
-        f" fp32, {newest['machine']}; torch {newest['torch']}, transformers {newest.get('transformers', '5')}."
+        f" Where nothing else is said: fp32, {newest['machine']}; torch {newest['torch']}, transformers"
+        f" {newest.get('transformers', '5')}."
         " ± is the standard error over seeds. What was not run, and why: [NOTES.md](NOTES.md).",
         "## `lqa` against the best of AdamW's sweep",
         "The best of AdamW's rates, half a decade apart, 6 % warm-up, linear decay, by mean loss over the seeds that"
