@@ -186,15 +186,17 @@ class CrossBatchPolicy(PaperPolicy):
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
         level *= exp(-eta f z / sqrt(k + 4))
-        aim    = 0.5 |r_0| - short                        r_0: the lowest averaged ratio of the first steps
+        aim    = 0.5 |r_0| - short log2(2 level / first)  r_0: the lowest averaged ratio of the first steps
         short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
 
     Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
     shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
     further beyond the minimum lies the aim: what a step overshoots along steep directions the schedule's end takes
     back, what it gains along flat ones stays. The longer the run, and the less its schedule takes back, the further
-    short of the minimum: noise is paid for in every step. A run whose end is not known is taken for an endless one.
-    And where end slopes say nothing, as they do at rates so high that nothing is learned, the level falls.
+    short of the minimum: noise is paid for in every step. So in long runs the level is drawn towards half of what the
+    first steps found (``first``; the logarithm is kept in [-1, 3]), and what the ratios say is added: where they are
+    all noise, as late in training, they do not keep a level from falling for ever. A run whose end is not known is
+    taken for an endless one.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 
@@ -214,7 +216,9 @@ class CrossBatchPolicy(PaperPolicy):
     _SETTLING: ClassVar[float] = 0.5
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
+    #: The share of the first steps' level to which a level that aims short is drawn, and bounds of the doublings from it.
     _LEAST: ClassVar[float] = 0.5
+    _PULL: ClassVar[tuple[float, float]] = (-1.0, 3.0)
     #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
     _HORIZON: ClassVar[int] = 100
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
@@ -273,8 +277,8 @@ class CrossBatchPolicy(PaperPolicy):
     def _aim(self) -> float:
         """Where ``r / rms(r)`` should be; positive beyond the minimum."""
         assert self.step_size is not None
-        short = self._short if self.step_size > self._LEAST * self.settled else 0.0
-        return self._BEYOND * abs(self.lowest) - short
+        doublings = math.log2(self.step_size) - math.log2(self.settled) - math.log2(self._LEAST)
+        return self._BEYOND * abs(self.lowest) - self._short * min(max(doublings, self._PULL[0]), self._PULL[1])
 
     def cadence(self) -> str:
         first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
