@@ -235,7 +235,7 @@ class Direction:
             # There foreach operations are loops, and memory is what a move waits for: one pass over it, not two.
             for p, a, b in zip(weights, start, update, strict=True):
                 torch.add(a, b, alpha=alpha * self.unit, out=p)
-            torch.clear_autocast_cache()
+            torch.clear_autocast_cache()  # as in `restore`
             return
         self.restore()
         torch._foreach_add_(weights, update, alpha=alpha * self.unit)

@@ -130,3 +130,28 @@ class Recorder(TrainerCallback):
 
     def column(self, name: str) -> list[Any]:
         return [step[name] for step in self.steps]
+
+
+class Replays(TrainerCallback):
+    """Before each step, computes the recorded loss again where it was recorded."""
+
+    def __init__(self, trainer):
+        self.trainer, self.pairs = trainer, []
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        closure = self.trainer.lqa._armed
+        if closure is not None:
+            self.pairs.append((float(closure.loss), float(closure())))
+
+
+class WithoutLQA(TrainerCallback):
+    """Holds a stock Trainer's optimizer at a given sequence of rates."""
+
+    def __init__(self, rates):
+        self.rates = iter(rates)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        rate = next(self.rates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.attention
-from common import Recorder, arguments, assert_same_weights, language_rows, rows, tiny_bert, tiny_llama, weights
+from common import (
+    Recorder,
+    Replays,
+    WithoutLQA,
+    arguments,
+    assert_same_weights,
+    language_rows,
+    rows,
+    tiny_bert,
+    tiny_llama,
+    weights,
+)
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -25,37 +36,24 @@ EVERY = {"optim": "lqa_paper", "optim_args": "base=adamw_torch_fused,probe_inter
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 
 
-class Watch(TrainerCallback):
-    """Before each step, replays the recorded loss where it was recorded."""
-
-    def __init__(self, trainer):
-        self.trainer, self.pairs = trainer, []
-        trainer.add_callback(self)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        closure = self.trainer.lqa._armed
-        if closure is not None:
-            self.pairs.append((float(closure.loss), float(closure())))
-
-
 def run(folder, model=None, data=None, **changes):
     model = tiny_bert() if model is None else model
     trainer = hf_lqa.LQATrainer(
         model, arguments(folder, **{"max_steps": 4, **EVERY, **changes}), train_dataset=data or rows()
     )
-    recorder, watch = Recorder(trainer), Watch(trainer)
+    recorder, replays = Recorder(trainer), Replays(trainer)
     trainer.train()
-    return trainer, recorder, watch
+    return trainer, recorder, replays
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_replay_is_the_training_loss_bit_for_bit(precision, accumulation, tmp_path):
     settings = {"gradient_accumulation_steps": accumulation, **PRECISIONS[precision]}
-    trainer, recorder, watch = run(tmp_path, **settings)
+    trainer, recorder, replays = run(tmp_path, **settings)
     assert next(trainer.model.parameters()).is_cuda
-    assert len(watch.pairs) >= 4 - (precision == "fp16")
-    assert all(trained == again for trained, again in watch.pairs), watch.pairs
+    assert len(replays.pairs) >= 4 - (precision == "fp16")
+    assert all(trained == again for trained, again in replays.pairs), replays.pairs
     assert len({*recorder.steps[-1]["losses"]}) == 3
 
 
@@ -116,16 +114,6 @@ def test_it_learns_in_every_precision(precision, tmp_path):
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
-class WithoutLQA(TrainerCallback):
-    def __init__(self, rates):
-        self.rates = iter(rates)
-
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        rate = next(self.rates)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-
 @pytest.fixture
 def repeatable():
     """Kernels that sum in the same order each time."""
@@ -155,9 +143,9 @@ def test_probes_leave_no_trace_in_training(precision, tmp_path, repeatable):
 
 
 def test_torch_compile(tmp_path):
-    _, recorder, watch = run(tmp_path, tiny_bert(dropout=0.0), max_steps=2, torch_compile=True)
+    _, recorder, replays = run(tmp_path, tiny_bert(dropout=0.0), max_steps=2, torch_compile=True)
     _, eager, _ = run(tmp_path / "eager", tiny_bert(dropout=0.0), max_steps=2)
-    assert all(a == pytest.approx(b, rel=1e-5) for a, b in watch.pairs)
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in replays.pairs)
     for step, reference in zip(recorder.steps, eager.steps, strict=True):
         assert step["losses"] == pytest.approx(reference["losses"], rel=1e-4)
 

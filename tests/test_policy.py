@@ -158,7 +158,7 @@ def test_where_end_slopes_say_nothing_a_long_runs_level_falls_to_about_half_and_
         policy.observe_end([], [0.1 * (-1) ** step], [1], 1.0)
         levels.append(policy.step_size / before)
     assert min(levels) > 0.8 * least
-    # It rests where 0.36 log2(2 level / before) is the 0.1 that is aimed beyond zero; in short runs that is all there is.
+    # It rests where 0.36 log2(2 level / before) is the 0.1 that is aimed beyond zero; short runs have nothing else.
     assert levels[-1] < 0.65 if least < 1 else levels[-1] > 1
 
 

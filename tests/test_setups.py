@@ -9,6 +9,7 @@ import pytest
 import torch
 from common import (
     Recorder,
+    Replays,
     arguments,
     assert_same_weights,
     language_rows,
@@ -28,19 +29,6 @@ from hf_lqa.replay import rounding_error
 #: Small radii, so that the difference quotient is close to the derivative; a probe at every step.
 EVERY = "probe_interval=1,tau=0.002"
 PAPER = {"optim": "lqa_paper", "optim_args": "base=adamw_torch," + EVERY}
-
-
-class Replays(TrainerCallback):
-    """Before each step, computes the recorded loss again where it was recorded."""
-
-    def __init__(self, trainer):
-        self.trainer, self.pairs = trainer, []
-        trainer.add_callback(self)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        closure = self.trainer.lqa._armed
-        if closure is not None:
-            self.pairs.append((float(closure.loss), float(closure())))
 
 
 def run(folder, model=None, data=None, trainer_class=hf_lqa.LQATrainer, init=None, **changes):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from common import arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
+from common import WithoutLQA, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
 from transformers import Trainer, TrainerCallback
 
 import hf_lqa
@@ -11,18 +11,6 @@ from hf_lqa import LQA
 from hf_lqa.options import parse_options
 
 KEYS = ["lqa_step_size", "lqa_slope", "lqa_curvature", "lqa_probe_radius", "lqa_rejected", "lqa_probe_forwards"]
-
-
-class WithoutLQA(TrainerCallback):
-    """Holds a stock Trainer's optimizer at a given sequence of rates."""
-
-    def __init__(self, rates):
-        self.rates = iter(rates)
-
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        rate = next(self.rates)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
 
 
 def steps_probed(trainer, interval):
