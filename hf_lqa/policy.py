@@ -216,7 +216,7 @@ class CrossBatchPolicy(PaperPolicy):
     _SETTLING: ClassVar[float] = 0.5
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
-    #: Share of the first steps' level to which a level that aims short is drawn, and bounds of its doublings from there.
+    #: Share of the first steps' level to which one that aims short is drawn, and bounds of its doublings from there.
     _LEAST: ClassVar[float] = 0.5
     _PULL: ClassVar[tuple[float, float]] = (-1.0, 3.0)
     #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
