@@ -561,6 +561,7 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         (["banking77"], ["lqa", *adamw("3e-4", "1e-3")], SEEDS, {"max_steps": 300}),
         (["sms_spam"], ["lqa", *adamw("3e-5", "3e-4")], SEEDS, {"max_steps": 300}),
         (["trec6"], ["lqa", *adamw("1e-4", "3e-4")], SEEDS, {"max_steps": 1000}),
+        (["banking77"], ["lqa", *adamw("3e-4", "3e-4")], SEEDS, {"max_steps": 1000}),
         (paper.TASKS[:3], ["lqa", *adamw("1e-2", "3e-1")], SEEDS, {"max_steps": 1000}),
     ],
     "quickstart": [
