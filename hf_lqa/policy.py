@@ -193,10 +193,9 @@ class CrossBatchPolicy(PaperPolicy):
     shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
     further beyond the minimum lies the aim: what a step overshoots along steep directions the schedule's end takes
     back, what it gains along flat ones stays. The longer the run, and the less its schedule takes back, the further
-    short of the minimum: noise is paid for in every step. So in long runs the level is drawn towards half of what the
-    first steps found (``first``; the logarithm is kept in [-1, 3]), and what the ratios say is added: where they are
-    all noise, as late in training, they do not keep a level from falling for ever. A run whose end is not known is
-    taken for an endless one.
+    short of the minimum: noise is paid for in every step. A constant aim short of it would be a drift without end where
+    the ratios are all noise, as late in training; so the level is drawn towards half of what the first steps found
+    (``first``; the logarithm is kept in [-1, 3]). A run whose end is not known is taken for an endless one.
 
     The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
 

@@ -17,7 +17,7 @@ _PIECE, _ACCELERATOR_PIECE = 2**17, 2**22
 #: One row of so many is observed where there are at least so many rows and elements. A CPU waits for memory; an
 #: accelerator takes what lies in one piece together, and for small matrices its launches are dearer than their memory.
 _EVERY, _MANY_ROWS, _LARGE, _ACCELERATOR_LARGE = 8, 64, 2**14, 2**20
-#: Of so many parameters slopes are observed on an accelerator, where each takes its time whatever its size.
+#: So many parameters at most are observed on an accelerator, where each takes its time whatever its size.
 _ACCELERATOR_MANY = 32
 
 _T = TypeVar("_T")
