@@ -59,7 +59,7 @@ def main() -> None:
         if step < args.step:
             optimizer.step(closure)
 
-    direction = Direction(torch.optim.SGD(model.parameters(), lr=1.0), [1.0])
+    direction = Direction(torch.optim.SGD(model.parameters(), lr=1.0))
 
     def loss_at(distance: float) -> float:
         direction.move_to(distance)

@@ -8,7 +8,9 @@ nothing to undo.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,11 +34,6 @@ _ELEMENTWISE = tuple(
     getattr(torch.optim, name)
     for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 )
-
-
-def like(lr: float | Tensor, value: float) -> float | Tensor:
-    """`value` in the form of the learning rate `lr`, which optimizers allow to be a tensor."""
-    return torch.full_like(lr, value) if isinstance(lr, Tensor) else value
 
 
 #: A parameter, and a piece of its direction, origin, gradient and state.
@@ -82,8 +79,33 @@ def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in base.param_groups for p in group["params"] if p.grad is not None]
 
 
+@contextlib.contextmanager
+def rescaled(base: torch.optim.Optimizer, scale: float, rates: list[float]) -> Iterator[None]:
+    """Within it the learning rate of parameter `i` of `base` is ``lr * scale * rates[i]``, or ``lr * scale``.
+
+    A param group whose parameters have different rates stands there as several. What `base` keeps in a group (some
+    count steps there) is kept.
+    """
+    groups = base.param_groups
+    rate_of = iter(rates or itertools.repeat(1.0))
+    parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for group in groups:
+        alike: dict[float, list[Tensor]] = {}
+        for p, rate in zip(group["params"], rate_of, strict=False):
+            alike.setdefault(rate, []).append(p)
+        for rate, params in alike.items():
+            parts.append((group, {**group, "params": params, "lr": group["lr"] * scale * rate}))
+    base.param_groups = [part for _, part in parts]
+    try:
+        yield
+    finally:
+        base.param_groups = groups
+        for group, part in parts:
+            group.update((key, value) for key, value in part.items() if key not in ("params", "lr"))
+
+
 class Direction:
-    """The weights a step starts from and the base optimizer's update of them at unit learning rate.
+    """The weights a step starts from and the base optimizer's update of them at the learning rates it has.
 
     ``theta(alpha) = origin + alpha * direction``, where ``direction`` is `unit` times `tensors`: one tensor per
     parameter that has a gradient (`params`), each of its parameter's shape and dtype. Beyond the weights themselves it
@@ -92,35 +114,35 @@ class Direction:
     Args:
         base: the optimizer to rehearse. Its weights, gradients, state, param groups and attributes are the same
             objects with the same values afterwards, also when it raises.
-        lr: the learning rate of each of its param groups during the rehearsal.
         origin: memory for the weights' copy, a tensor like each parameter that has a gradient; allocated if not given.
     """
 
     @torch.no_grad()
-    def __init__(self, base: torch.optim.Optimizer, lr: list[float], origin: list[Tensor] | None = None):
+    def __init__(self, base: torch.optim.Optimizer, origin: list[Tensor] | None = None):
         self.params = with_gradient(base)
         self._on_cpu = all(p.device.type == "cpu" for p in self.params)
         self.origin = [torch.empty_like(p, requires_grad=False) for p in self.params] if origin is None else origin
         torch._foreach_copy_(local(self.origin), local(self.params))
         self.unit = 1.0
-        if _is_gradient_descent(base, lr):
-            self.tensors, self.unit = [p.grad.detach() for p in self.params if p.grad is not None], -lr[0]
+        if _is_gradient_descent(base):
+            self.tensors = [p.grad.detach() for p in self.params if p.grad is not None]
+            self.unit = -float(base.param_groups[0]["lr"])
             return
         self.tensors = [torch.empty_like(p) for p in self.origin]
         elementwise = type(base) in _ELEMENTWISE and not any(
             p.grad.is_sparse for p in self.params if p.grad is not None
         )
         if elementwise and not any(group["weight_decay"] for group in base.param_groups):
-            self._rehearse_pieces(base, lr, from_zero=True)
+            self._rehearse_pieces(base, 1.0, from_zero=True)
             return
         scale = self._scale()
-        self.unit, lr = 1 / scale, [r * scale for r in lr]
+        self.unit = 1 / scale
         if elementwise:
-            self._rehearse_pieces(base, lr, from_zero=False)
+            self._rehearse_pieces(base, scale, from_zero=False)
             return
         try:
             for run in runs(range(len(self.params)), lambda i: self.params[i].numel(), self._share()):
-                self._rehearse(base, lr, set(run))
+                self._rehearse(base, scale, set(run))
         finally:
             self.restore()
 
@@ -144,7 +166,7 @@ class Direction:
             return 1.0
         return 2.0 ** min(math.ceil(math.log2(weights / gradient)), 30)
 
-    def _rehearse_pieces(self, base: torch.optim.Optimizer, lr: list[float], from_zero: bool) -> None:
+    def _rehearse_pieces(self, base: torch.optim.Optimizer, scale: float, from_zero: bool) -> None:
         """Step `base` on pieces of the direction's own memory in place of its parameters.
 
         They begin at the weights or, where those do not matter, at zero, where nothing is rounded away.
@@ -154,9 +176,7 @@ class Direction:
         limit = _REHEARSAL_PIECE if self._on_cpu else max(self._share(), _ACCELERATOR_PIECE)
         try:
             for batch in runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
-                groups: list[dict[str, Any]] = [
-                    {**g, "lr": like(g["lr"], r), "params": []} for g, r in zip(kept["param_groups"], lr, strict=True)
-                ]
+                groups = [{**group, "lr": group["lr"] * scale, "params": []} for group in kept["param_groups"]]
                 base.param_groups, base.state = groups, defaultdict(dict)
                 states = _copy_states([state for *_, state in batch])
                 for (p, piece, _, grad, _), state in zip(batch, states, strict=True):
@@ -194,7 +214,7 @@ class Direction:
                 )
                 yield p, cut["target"].detach(), cut["start"], cut["grad"], {k: cut.get(k, v) for k, v in state.items()}
 
-    def _rehearse(self, base: torch.optim.Optimizer, lr: list[float], chunk: set[int]) -> None:
+    def _rehearse(self, base: torch.optim.Optimizer, scale: float, chunk: set[int]) -> None:
         """Step `base` on the parameters of `chunk` alone, keep the difference, put the optimizer back."""
         kept_groups, kept_attributes = base.param_groups, dict(vars(base))
         kept_grads = [p.grad for p in self.params]
@@ -205,7 +225,7 @@ class Direction:
         try:
             # Groups keep their order and length, hidden gradients make the optimizer pass over the rest: an optimizer
             # may know its parameters by position.
-            base.param_groups = [{**g, "lr": like(g["lr"], r)} for g, r in zip(kept_groups, lr, strict=True)]
+            base.param_groups = [{**group, "lr": group["lr"] * scale} for group in kept_groups]
             for i, p in enumerate(self.params):
                 if i not in chunk:
                     p.grad = None
@@ -253,11 +273,11 @@ class Direction:
         return self.unit * dot([p.grad.detach() for p in self.params if p.grad is not None], self.tensors)
 
 
-def _is_gradient_descent(base: torch.optim.Optimizer, lr: list[float]) -> bool:
+def _is_gradient_descent(base: torch.optim.Optimizer) -> bool:
     """Whether the update of `base` is its gradients times one negative number: no rehearsal, no copy."""
     return (
         type(base) is torch.optim.SGD
-        and len(set(lr)) == 1
+        and len({float(group["lr"]) for group in base.param_groups}) == 1
         and not any(g["momentum"] or g["weight_decay"] or g["maximize"] for g in base.param_groups)
         and not any(p.grad.is_sparse or p.grad.dtype is not p.dtype for p in with_gradient(base) if p.grad is not None)
     )

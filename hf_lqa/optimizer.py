@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Direction, with_gradient
+from .direction import Direction, rescaled, with_gradient
 from .policy import POLICIES, Policy
 from .quadratic import Fit, Verdict, fit_losses
 from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
@@ -74,10 +74,10 @@ class LQA(torch.optim.Optimizer):
         closure.record(compute_loss, batch).backward()
         optimizer.step(closure)
 
-    A step moves the weights by ``step_size * lr_g * d``, where ``d`` is the base optimizer's update at unit learning
-    rate and ``lr_g`` the group's ``lr``, a *multiplier*: 1.0 by default, scaled by learning-rate schedulers, different
-    between groups if some should learn slower. On steps without a probe this is ``base.step()`` with the learning rate
-    ``step_size * lr_g`` and nothing else.
+    A step moves parameter ``i`` by ``step_size * rate_i * lr_g * d``, where ``d`` is the base optimizer's update at unit
+    learning rate, ``rate_i`` the policy's relative rate, 1 on average, and ``lr_g`` the group's ``lr``, a *multiplier*:
+    1.0 by default, scaled by learning-rate schedulers, different between groups if some should learn slower. On steps
+    without a probe this is ``base.step()`` with the learning rate ``step_size * rate_i * lr_g`` and nothing else.
 
     Args:
         base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
@@ -175,6 +175,11 @@ class LQA(torch.optim.Optimizer):
         return sum(self.counts[v.value] for v in Verdict if not v.usable)
 
     @property
+    def relative_rates(self) -> list[float]:
+        """What multiplies the step size of each parameter, in the order of the param groups; nothing before it is known."""
+        return self.policy.relative_rates(sum(len(group["params"]) for group in self.param_groups))
+
+    @property
     def wants_probe(self) -> bool:
         """Whether the next step will call its closure. Nothing needs to be recorded for one that will not."""
         return self.policy.wants_probe(self.counts["steps"])
@@ -236,7 +241,8 @@ class LQA(torch.optim.Optimizer):
                 )
             if closure is not None:
                 begun = time.perf_counter()
-                probe, slope = self._probe(closure, [x / multiplier for x in lr], clip)
+                with rescaled(self.base, 1 / multiplier, self.relative_rates):
+                    probe, slope = self._probe(closure, clip)
                 self.probe_seconds += time.perf_counter() - begun
                 if not math.isfinite(slope):
                     self._skip()
@@ -257,12 +263,12 @@ class LQA(torch.optim.Optimizer):
             self._origin = [], []
         self._disarm()
 
-    def _probe(self, closure: Callable[[], Tensor], lr: list[float], clip: float) -> tuple[ProbeRecord, float]:
-        """Measure along the direction at relative rates `lr`: (record, ``<gradient, direction>``)."""
+    def _probe(self, closure: Callable[[], Tensor], clip: float) -> tuple[ProbeRecord, float]:
+        """Measure along the base optimizer's direction: (record, ``<gradient, direction>``)."""
         # What a step started from is not needed any more; a probe has its own.
         self._snapshot = None
         params, kept = self._origin
-        direction = Direction(self.base, lr, kept if _same(params, with_gradient(self.base)) else None)
+        direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
         center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
@@ -306,18 +312,12 @@ class LQA(torch.optim.Optimizer):
         return self._snapshot
 
     def _advance(self, multiplier: float, clip: float) -> None:
-        """`base.step()` at learning rates ``level * factor * lr``; `clip` is by what the gradients were scaled."""
+        """`base.step()` at rates ``level * factor * rate_i * lr``; `clip` is by what the gradients were scaled."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         scale = level * self.policy.factor(step)
         snapshot = self._take_snapshot() if scale > 0 and self.policy.wants_end_slope(step) else None
-        lr = [group["lr"] for group in self.param_groups]
-        try:
-            for group, value in zip(self.param_groups, lr, strict=True):
-                group["lr"] = value * scale
+        with rescaled(self.base, scale, self.relative_rates):
             self.base.step()
-        finally:
-            for group, value in zip(self.param_groups, lr, strict=True):
-                group["lr"] = value
         if snapshot is not None:
             step_size = scale * multiplier
             starts: Tensor | list[float] = []

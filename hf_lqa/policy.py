@@ -82,6 +82,10 @@ class PaperPolicy:
         """What multiplies the step size at step `step`, beside the schedule."""
         return 1.0
 
+    def relative_rates(self, count: int) -> list[float]:
+        """What multiplies the step size of each of `count` parameters, beside that; nothing where it is 1 for all."""
+        return []
+
     def radius(self, loss: float, slope: float) -> float | None:
         """The probe radius in units of the direction, from the training loss and ``<gradient, direction>``.
 
@@ -109,6 +113,8 @@ class PaperPolicy:
 
     def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
         """Take the slopes at both ends of a step, ``<gradient, move> / step_size`` of each parameter.
+
+        To be called before the next step: a move's relative rates are taken to be what they are now.
 
         Args:
             starts: at its start, on the step's own batch; loss per unit step, negative where the loss falls, 0 where
@@ -238,6 +244,12 @@ class CrossBatchPolicy(PaperPolicy):
     _FIRST_PROBES: ClassVar[tuple[int, ...]] = (4, 7, 10)
     #: Observations at each distance between them.
     _DENSE: ClassVar[int] = 16
+    #: What is left of a slope counts for so much at least in a relative rate, whose power of it, largest factor and
+    #: number of values to a doubling follow: each value that occurs is one more param group in the base optimizer.
+    _LEAST_LEFT: ClassVar[float] = 0.02
+    _RATE_POWER: ClassVar[float] = 0.5
+    _MAX_RATE: ClassVar[float] = 4.0
+    _RATES_TO_A_DOUBLING: ClassVar[int] = 2
 
     probe_interval: int = 100
     eta: float = 0.3
@@ -258,6 +270,13 @@ class CrossBatchPolicy(PaperPolicy):
     settled: float = field(default=0.0, init=False)
     starts: list[float] = field(default_factory=list, init=False)
     ends: list[float] = field(default_factory=list, init=False)
+    #: Of each parameter: sums of its slopes, start slopes without their signs; average of its squared ratio; its
+    #: relative rate, first as a logarithm, then as it is applied.
+    start_sums: list[float] = field(default_factory=list, init=False)
+    end_sums: list[float] = field(default_factory=list, init=False)
+    mean_squares: list[float] = field(default_factory=list, init=False)
+    log_rates: list[float] = field(default_factory=list, init=False)
+    rates: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._short, self._first_steps = 2 * self._SHORT, self._MAX_FIRST_STEPS
@@ -323,19 +342,61 @@ class CrossBatchPolicy(PaperPolicy):
         known = len(self.starts)
         if len(ends) < known:
             return
+        # Parameters that were added later are without a scale.
+        sizes = sizes[:known]
+        ends = [end / rate for end, rate in zip(ends, self.rates or [1.0] * known, strict=False)]
         if self.observations == 0:
             self.settled = self.step_size
-        # Parameters that were added later are without a scale.
-        ratio = end_ratio(self.starts, ends[:known], _weights(sizes[:known]))
-        square = ratio * ratio
-        if not 0 < square < math.inf:
+            self._set_relative_rates(sizes)
+        ratio = end_ratio(self.starts, ends, _weights(sizes))
+        if not 0 < ratio * ratio < math.inf:
             return
-        self.mean_square = self._DECAY * self.mean_square + (1 - self._DECAY) * square
-        rms = math.sqrt(self.mean_square / (1 - self._DECAY ** (self.observations + 1)))
-        z = min(max(ratio / rms, -self._MAX_Z), self._MAX_Z) - self._aim
+        self.mean_square, z = self._normalised(ratio, self.mean_square)
         gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
-        self._set_level(self.step_size * math.exp(-gain * z))
+        self._set_level(self.step_size * math.exp(-gain * (z - self._aim)))
+        for i, (start, end) in enumerate(zip(self.starts, ends, strict=True)):
+            ratio = end / abs(start) if start else math.nan
+            if 0 < ratio * ratio < math.inf:
+                self.mean_squares[i], z = self._normalised(ratio, self.mean_squares[i])
+                self.log_rates[i] -= gain * z
+        self._balance(sizes)
         self.observations += 1
+
+    def _normalised(self, ratio: float, mean_square: float) -> tuple[float, float]:
+        """The average of squared ratios with `ratio` in it, and `ratio` over its root, clipped."""
+        mean_square = self._DECAY * mean_square + (1 - self._DECAY) * ratio * ratio
+        rms = math.sqrt(mean_square / (1 - self._DECAY ** (self.observations + 1)))
+        return mean_square, min(max(ratio / rms, -self._MAX_Z), self._MAX_Z)
+
+    def relative_rates(self, count: int) -> list[float]:
+        return self.rates + [1.0] * (count - len(self.rates)) if self.rates else []
+
+    def _set_relative_rates(self, sizes: Sequence[int]) -> None:
+        """The relative rates at the end of the first steps."""
+        left = [
+            min(max(-end / start, self._LEAST_LEFT), 1.0) if start else 1.0
+            for start, end in zip(self.start_sums, self.end_sums, strict=True)
+        ]
+        self.log_rates = [self._RATE_POWER * math.log(x) for x in left]
+        self.mean_squares = [0.0] * len(left)
+        self._balance(sizes)
+
+    def _balance(self, sizes: Sequence[int]) -> None:
+        """Scale the relative rates to a mean square of 1; one that is not known is that of the parameter before it."""
+        known = [i for i, start in enumerate(self.starts) if start]
+        if not known:
+            return
+        weights = _weights([sizes[i] for i in known])
+        squares = (weight * math.exp(2 * self.log_rates[i]) for i, weight in zip(known, weights, strict=True))
+        middle, bound = math.log(sum(squares) / sum(weights)) / 2, math.log(self._MAX_RATE)
+        for i in known:
+            self.log_rates[i] = min(max(self.log_rates[i] - middle, -bound), bound)
+        before = known[0]
+        for i, start in enumerate(self.starts):
+            before = i if start else before
+            self.log_rates[i] = self.log_rates[before]
+        steps = self._RATES_TO_A_DOUBLING / math.log(2)
+        self.rates = [math.exp(round(rate * steps) / steps) for rate in self.log_rates]
 
     def _observe_first(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> None:
         """Take an observation of the first steps, with the averages as of an exponential decay from zero."""
@@ -347,6 +408,11 @@ class CrossBatchPolicy(PaperPolicy):
         self.first_observations = count = self.first_observations + 1
         if count == 1:
             self.starts, self.ends = [0.0] * len(starts), [0.0] * len(starts)
+            self.start_sums, self.end_sums = [0.0] * len(starts), [0.0] * len(starts)
+        else:
+            # AdamW's first direction is the sign of one batch's gradient, and left out.
+            self.start_sums = [old + abs(new) for old, new in zip(self.start_sums, starts, strict=True)]
+            self.end_sums = [old + new for old, new in zip(self.end_sums, ends, strict=True)]
         keep = self._FIRST_DECAY
         self.starts = [keep * old + (1 - keep) * new for old, new in zip(self.starts, starts, strict=True)]
         self.ends = [keep * old + (1 - keep) * new for old, new in zip(self.ends, ends, strict=True)]

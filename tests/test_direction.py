@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_lqa import direction, slopes
-from hf_lqa.direction import Direction
+from hf_lqa.direction import Direction, rescaled
 from hf_lqa.slopes import Snapshot, dot
 
 BASES = {
@@ -57,7 +57,8 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
     net, optimizer = started(base, options, steps)
     before = copy.deepcopy((net.state_dict(), optimizer.state_dict(), [p.grad for p in net.parameters()]))
     state, groups = optimizer.state, optimizer.param_groups
-    found = Direction(optimizer, [1.0, 2.0])
+    with rescaled(optimizer, 1000, []):
+        found = Direction(optimizer)
     assert optimizer.state is state and optimizer.param_groups is groups
     after = (net.state_dict(), optimizer.state_dict(), [p.grad for p in net.parameters()])
     torch.testing.assert_close(after, before, rtol=0, atol=0)
@@ -105,9 +106,36 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
     assert snapshot.slopes().tolist() == expected
 
 
+class Counts(torch.optim.SGD):
+    """Counts its steps in each param group, as some optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        super().step(closure)
+
+
+def test_parameters_are_rescaled_one_by_one_and_groups_keep_what_they_hold():
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(5)]
+    optimizer = Counts([{"params": weights[:3], "lr": 1.0}, {"params": weights[3:], "lr": 10.0}])
+    groups = optimizer.param_groups
+    for p in weights:
+        p.grad = -torch.ones(1)
+    for rates in ([0.5, 2.0, 0.5, 4.0, 1.0], []):
+        with rescaled(optimizer, 0.1, rates):
+            assert len(optimizer.param_groups) == (4 if rates else 2)
+            optimizer.step()
+    assert [p.item() for p in weights] == pytest.approx([0.15, 0.3, 0.15, 5.0, 2.0])
+    with pytest.raises(RuntimeError, match="kernel"), rescaled(optimizer, 0.1, [1.0, 2.0, 3.0, 4.0, 5.0]):
+        raise RuntimeError("kernel")
+    assert optimizer.param_groups is groups and [group["lr"] for group in groups] == [1.0, 10.0]
+    assert [group["count"] for group in groups] == [2, 2] and [len(group["params"]) for group in groups] == [3, 2]
+
+
 def test_gradient_descent_takes_no_second_copy():
     _, optimizer = started(torch.optim.SGD, {})
-    found = Direction(optimizer, [1.0, 1.0])
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1.0
+    found = Direction(optimizer)
     assert all(d.data_ptr() == p.grad.data_ptr() for d, p in zip(found.tensors, found.params, strict=True))
 
 
@@ -124,7 +152,7 @@ def test_a_base_that_fails_in_a_piece_is_put_back(monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", fails)
     with pytest.raises(RuntimeError, match="kernel"):
-        Direction(optimizer, [1.0, 1.0])
+        Direction(optimizer)
     monkeypatch.setattr(torch.optim.AdamW, "step", own)
     torch.testing.assert_close((net.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
     optimizer.step()

@@ -99,23 +99,24 @@ BASES = {
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_probe_leaves_no_trace_in_the_base_optimizer(name):
-    """Every step is the base's own, at the rate that was measured: a twin given the rates ends bit for bit the same."""
+    """Every step is the base's own, at the rates that were measured: a twin given them ends bit for bit the same."""
     model, twin = net(), net()
     optimizer = LQA(BASES[name](model.parameters()), probe_interval=2)
-    base = BASES[name](twin.parameters())
+    base = BASES[name]([{"params": [p]} for p in twin.parameters()])
     torch.manual_seed(0)
-    for x, y in batches(25):
+    for x, y in batches(40):
         state = torch.get_rng_state()
         train(model, optimizer, [(x, y)])
         after = torch.get_rng_state()
         torch.set_rng_state(state)
         base.zero_grad()
         nn.functional.cross_entropy(twin(x), y).backward()
-        for group in base.param_groups:
-            group["lr"] = group["lr"] * 0 + optimizer.step_size
+        for group, rate in zip(base.param_groups, optimizer.relative_rates or [1.0] * 6, strict=True):
+            group["lr"] = (group["lr"] * 0 + optimizer.step_size) * rate
         base.step()
         assert torch.equal(torch.get_rng_state(), after)
-    assert optimizer.counts["probe_forwards"] >= 20
+    assert optimizer.counts["probe_forwards"] >= 20 and len(set(optimizer.relative_rates)) > 1
+    assert len(optimizer.param_groups) == 1 and float(optimizer.param_groups[0]["lr"]) == 1
     for (key, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), key
     ours = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]

@@ -162,6 +162,58 @@ def test_where_end_slopes_say_nothing_a_long_runs_level_falls_to_about_half_and_
     assert levels[-1] < 0.65 if least < 1 else levels[-1] > 1
 
 
+def with_rates(left, sizes=None, **options):
+    """After first steps at whose ends the shares `left` of the parameters' slopes were left."""
+    policy = started(**options)
+    policy.plan(100)
+    sizes = sizes or [1] * len(left)
+    for _ in range(12):
+        policy.observe_end([-3.0] * len(left), [-3.0 * x for x in left], sizes, 1.0)
+    policy.observe_end([], [0.0] * len(left), sizes, 1.0)
+    return policy
+
+
+def test_a_parameter_whose_slope_lasts_moves_further_and_all_together_as_far():
+    assert started().relative_rates(2) == []
+    rates = with_rates([0.64, 0.04]).relative_rates(3)
+    # Their squares are as 0.64 to 0.04 with a mean of 1, to the nearest half of a doubling; the third was added later.
+    assert rates == pytest.approx([2**0.5, 2**-1.5, 1.0])
+    assert with_rates([0.25, 0.25]).relative_rates(2) == [1.0, 1.0]
+    assert with_rates([0.64, 0.04], [10_000, 1]).relative_rates(2) == pytest.approx([1.0, 0.25])
+    assert with_rates([0.9, -0.3, 0.0, 0.9]).relative_rates(4) == pytest.approx([2**0.5, 0.25, 0.25, 2**0.5])
+
+
+def test_relative_rates_follow_the_end_slopes():
+    policy, moving = with_rates([0.2, 0.2, 0.2]), [[], []]
+    for step in range(40):
+        rates = policy.relative_rates(3)
+        ends = [-0.1, 0.1, 0.1 * (-1) ** step]
+        policy.observe_end([], [rate * end for rate, end in zip(rates, ends, strict=True)], [1, 1, 1], 1.0)
+        for path, rate in zip(moving, rates[:2], strict=True):
+            path.append(rate)
+    assert moving == [sorted(moving[0]), sorted(moving[1], reverse=True)]
+    assert moving[0][-1] == pytest.approx(3**0.5, rel=0.2) and moving[1][-1] == 0.25, "bounded"
+
+
+def test_relative_rates_do_not_change_what_the_level_sees():
+    policies = with_rates([0.64, 0.04, 0.3]), with_rates([0.64, 0.04, 0.3])
+    policies[1].rates = [1.0, 1.0, 1.0]
+    for policy in policies:
+        rates = policy.relative_rates(3)
+        policy.observe_end([], [0.2 * rates[0], -0.1 * rates[1], 0.1 * rates[2]], [1, 1, 1], 1.0)
+    assert policies[0].step_size == policies[1].step_size
+
+
+def test_what_is_not_observed_moves_as_the_parameter_before_it():
+    policy = started()
+    policy.plan(100)
+    for _ in range(12):
+        policy.observe_end([0.0, -1.0, 0.0, 0.0, -1.0], [math.nan, -0.64, math.nan, math.nan, -0.04], [1] * 5, 1.0)
+    for _ in range(2):
+        policy.observe_end([], [math.nan, 0.1, math.nan, math.nan, 0.1], [1] * 5, 1.0)
+    assert policy.relative_rates(5) == pytest.approx([2**0.5, 2**0.5, 2**0.5, 2**0.5, 2**-1.5])
+
+
 def test_a_plan_out_of_range_is_refused():
     with pytest.raises(ValueError, match="total_steps=0"):
         CrossBatchPolicy().plan(0)

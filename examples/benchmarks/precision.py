@@ -149,7 +149,7 @@ def main() -> None:
         if step % options.every == 0:
             with torch.no_grad():
                 moved = [p for p in model.parameters() if p.grad is not None]
-                direction = Direction(optimizer.base, [1.0] * len(optimizer.param_groups))
+                direction = Direction(optimizer.base)
                 along = {p: direction.unit * d for p, d in zip(moved, direction.tensors, strict=True)}
                 line = (
                     [p.detach() for p in model.parameters()],
