@@ -74,8 +74,8 @@ class LQA(torch.optim.Optimizer):
         closure.record(compute_loss, batch).backward()
         optimizer.step(closure)
 
-    A step moves parameter ``i`` by ``step_size * rate_i * lr_g * d``, where ``d`` is the base optimizer's update at unit
-    learning rate, ``rate_i`` the policy's relative rate, 1 on average, and ``lr_g`` the group's ``lr``, a *multiplier*:
+    A step moves parameter ``i`` by ``step_size * rate_i * lr_g * d``, where ``d`` is the base optimizer's update at
+    unit learning rate, ``rate_i`` the policy's relative rate, about 1, and ``lr_g`` the group's ``lr``, a *multiplier*:
     1.0 by default, scaled by learning-rate schedulers, different between groups if some should learn slower. On steps
     without a probe this is ``base.step()`` with the learning rate ``step_size * rate_i * lr_g`` and nothing else.
 
@@ -176,7 +176,7 @@ class LQA(torch.optim.Optimizer):
 
     @property
     def relative_rates(self) -> list[float]:
-        """What multiplies the step size of each parameter, in the order of the param groups; nothing before it is known."""
+        """What multiplies the step size of each parameter, in the param groups' order; nothing until it is measured."""
         return self.policy.relative_rates(sum(len(group["params"]) for group in self.param_groups))
 
     @property

@@ -203,7 +203,22 @@ class CrossBatchPolicy(PaperPolicy):
     the ratios are all noise, as late in training; so the level is drawn towards half of what the first steps found
     (``first``; the logarithm is kept in [-1, 3]). A run whose end is not known is taken for an endless one.
 
-    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor.
+    **Relative rates.** What is left of its slope differs between parameters: in fine-tuning from a hundredth in the
+    lowest layers, where a batch's slope is all noise, to nine tenths in a fresh head. So parameter ``i`` moves
+    ``rate_i`` times as far as the level says. After the first steps (without the first of them)
+
+        rate_i = c abs(q_i)**0.5,        q_i = sum of end_i / sum of abs(start_i), kept in [-1, -0.02]
+
+    and from then on each follows its own ratio, as the level does the median's:
+
+        z_i     = clip(r_i / rms(r_i), -2, 2)        r_i = end_i / (rate_i abs(start_i)), start_i: before it had a rate
+        rate_i *= c exp(-eta f z_i / sqrt(k + 4))
+
+    where ``c`` makes the mean of ``rate_i**2``, weighted as the median, 1 again: relative rates turn a step, and
+    leave its length to the level. They are kept in [1/4, 4] and applied to the nearest half of a doubling. A parameter
+    that is not observed has that of the one before it. Ratios are divided by ``rate_i`` for the level, too.
+
+    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor and `relative_rates`.
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 

@@ -176,6 +176,8 @@ def measurements(lqa: LQA) -> dict[str, float]:
         "lqa_skipped": lqa.counts["skipped"],
         "lqa_probe_forwards": lqa.counts["probe_forwards"],
     }
+    if rates := lqa.relative_rates:
+        found |= {"lqa_relative_rate_min": min(rates), "lqa_relative_rate_max": max(rates)}
     if (probe := lqa.last_probe) is not None:
         found |= {
             "lqa_slope": probe.fit.slope,

@@ -1,6 +1,11 @@
 """A tiny model, a tiny learnable data set and the arguments to train with, shared by the tests."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,3 +160,23 @@ class WithoutLQA(TrainerCallback):
         rate = next(self.rates)
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+
+def launch(
+    processes: int, specs: list[dict[str, Any]], folder: Path, timeout: float = 400, launcher: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `specs` one after the other on so many processes, through torchrun if no other launcher is given."""
+    for spec in specs:
+        Path(spec["out"]).mkdir(parents=True)
+    (folder / "specs.json").write_text(json.dumps(specs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    script = Path(__file__).parent / "distributed_script.py"
+    return subprocess.run(
+        [sys.executable, *(launcher or command), str(script), str(folder / "specs.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

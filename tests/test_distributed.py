@@ -1,40 +1,19 @@
 """DDP and FSDP2 on gloo processes: every rank decides the same, and what one process would decide."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from common import Recorder, arguments, language_rows, tiny_llama
+from common import Recorder, arguments, language_rows, launch, tiny_llama
 
 import hf_lqa
 
-TESTS = Path(__file__).parent
 DDP, FULL, SHARDED = {}, {"state_dict_type": "FULL_STATE_DICT"}, {"state_dict_type": "SHARDED_STATE_DICT"}
 #: A schedule, so that a resumed run must find its place in it; no ramp, so that end slopes are observed at once.
-SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim_args": "probe_interval=2,warmup=0"}
+SAVING = {"max_steps": 18, "save_strategy": "steps", "save_steps": 15, "optim_args": "probe_interval=2,warmup=0"}
 # A wide radius: float32 rounds second differences at the default one by more than the 1e-5 that is asserted below.
 WHOLE = {"max_steps": 4, "optim_args": "probe_interval=1,warmup=0,tau=0.3", "lr_scheduler_type": "constant"}
-
-
-def launch(processes, specs, folder, timeout=400, launcher=None):
-    """Run `specs` one after the other on so many processes, through torchrun if no other launcher is given."""
-    for spec in specs:
-        Path(spec["out"]).mkdir(parents=True)
-    (folder / "specs.json").write_text(json.dumps(specs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return subprocess.run(
-        [sys.executable, *(launcher or command), str(TESTS / "distributed_script.py"), str(folder / "specs.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
 
 
 class Result:
@@ -53,7 +32,7 @@ def runs(folder, processes, kinds):
         specs[f"{name}-whole"] = {"model": "llama", "arguments": whole, **kind}
         specs[f"{name}-root"] = {"train_only": "classifier", "arguments": {**WHOLE, "max_steps": 1}, **kind}
         specs[f"{name}-straight"] = {"arguments": SAVING, "sampled": True, **kind}
-        checkpoint = folder / f"{name}-straight" / "trainer" / "checkpoint-3"
+        checkpoint = folder / f"{name}-straight" / "trainer" / "checkpoint-15"
         specs[f"{name}-resumed"] = {"arguments": SAVING, "sampled": True, "resume": str(checkpoint), **kind}
     for name, spec in specs.items():
         spec["out"] = str(folder / name)
@@ -121,8 +100,8 @@ def test_a_probe_moves_fsdp2s_root_group(kind, two):
 @pytest.mark.parametrize("kind", ["ddp", "full", "sharded"])
 def test_resuming_is_as_if_never_interrupted(kind, two):
     straight, resumed = two[f"{kind}-straight"], two[f"{kind}-resumed"]
-    assert resumed.steps == straight.steps[3:]
-    assert resumed.steps[0]["end_slope"] != straight.steps[2]["end_slope"], "the pending end slope was lost"
+    assert resumed.steps == straight.steps[15:]
+    assert resumed.steps[0]["end_slope"] != straight.steps[14]["end_slope"], "the pending end slope was lost"
     for name, weight in straight.weights.items():
         assert torch.equal(weight, resumed.weights[name]), name
 
@@ -150,7 +129,7 @@ def test_when_a_rank_dies_the_others_end_with_an_error(tmp_path):
 
 
 def test_accelerate_launch_does_what_torchrun_does(two, tmp_path):
-    config = TESTS.parent / "configs" / "accelerate" / "two_cpu_processes.yaml"
+    config = Path(__file__).parent.parent / "configs" / "accelerate" / "two_cpu_processes.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     whole = {**WHOLE, "per_device_train_batch_size": 16}
     spec = {"model": "llama", "arguments": whole, "out": str(tmp_path / "run")}

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from common import (
     arguments,
     assert_same_weights,
     language_rows,
+    launch,
     rows,
     tiny_bert,
     tiny_llama,
@@ -73,8 +72,7 @@ class Overflow(TrainerCallback):
     """Lets the scaled gradients of one step overflow, as fp16's do."""
 
     def __init__(self, trainer, at):
-        self.trainer, self.at, self.weights = trainer, at, []
-        self.scales, self.counts = [], []
+        self.trainer, self.weights, self.scales, self.counts = trainer, [], [], []
         backward = trainer.accelerator.backward
 
         def overflowing(loss, **kwargs):
@@ -188,7 +186,7 @@ def synchronizations(step):
     return len([w for w in caught if "synchroniz" in str(w.message)])
 
 
-def test_a_step_without_probe_launches_what_the_base_launches_and_waits_for_nothing(monkeypatch):
+def test_a_step_without_probe_launches_what_the_base_launches_and_waits_for_nothing():
     (_, lqa, _), (_, base, _) = prepared(policy="paper", probe_interval=100)
     assert synchronizations(lqa.step) == synchronizations(base.step) == 0
     assert sorted(kernels(lqa.step)) == sorted(kernels(base.step))
@@ -224,16 +222,8 @@ def test_products_at_once_are_those_of_one_after_the_other():
         assert float(slopes._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
 
 
-def launch(launcher, spec, folder):
-    (folder / "specs.json").write_text(json.dumps([spec]))
-    Path(spec["out"]).mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tests" / "distributed_script.py"), str(folder / "specs.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def first_rank(spec, folder, launcher=None):
+    done = launch(1, [spec], folder, launcher=launcher)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((Path(spec["out"]) / "rank0.json").read_text())
 
@@ -244,9 +234,7 @@ def test_nccl_with_one_process(kind, tmp_path):
     spec = {"model": "llama", "arguments": options, "out": str(tmp_path / "run")}
     if kind == "fsdp2":
         spec["state_dict_type"] = "SHARDED_STATE_DICT"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    found = launch(launcher, spec, tmp_path)
+    found = first_rank(spec, tmp_path)
     assert found["sharded"] == (kind == "fsdp2")
     _, recorder, _ = run(tmp_path / "alone", tiny_llama(), language_rows(128), **options)
     for step, reference in zip(found["steps"], recorder.steps, strict=True):
@@ -258,6 +246,6 @@ def test_nccl_with_one_process(kind, tmp_path):
 def test_the_configurations_for_a_gpu_run(name, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"configs/accelerate/{name}.yaml")]
     spec = {"arguments": {"use_cpu": False, "max_steps": 3}, "out": str(tmp_path / "run")}
-    found = launch(launcher, spec, tmp_path)
+    found = first_rank(spec, tmp_path, launcher)
     assert found["steps"][-1]["forwards"] > 0
     assert (found["type"], found["precision"]) == ("NO", name.removeprefix("one_gpu_"))
