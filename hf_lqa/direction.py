@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .slopes import dot, local, local_part, runs
+from .slopes import ACCELERATOR_PIECE, dot, local, local_part, runs
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
-#: accelerator for so many elements at least, if they go by pieces: short steps would cost more than a little memory.
-REHEARSAL_SHARE, _ACCELERATOR_PIECE = 1 / 16, 2**22
+#: accelerator, if they go by pieces, for one of these at least: short steps would cost more than a little memory.
+REHEARSAL_SHARE = 1 / 16
 
 #: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
 _REHEARSAL_PIECE = 2**19
@@ -173,7 +173,7 @@ class Direction:
         """
         kept = dict(vars(base))
         group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
-        limit = _REHEARSAL_PIECE if self._on_cpu else max(self._share(), _ACCELERATOR_PIECE)
+        limit = _REHEARSAL_PIECE if self._on_cpu else max(self._share(), ACCELERATOR_PIECE)
         try:
             for batch in runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
                 groups = [{**group, "lr": group["lr"] * scale, "params": []} for group in kept["param_groups"]]

@@ -13,7 +13,7 @@ _HALF = (torch.float16, torch.bfloat16)
 #: Types of most tensors: an attribute that is missing is looked for at length.
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: Elements of a temporary: what a CPU's cache holds, and little of an accelerator's memory.
-_PIECE, _ACCELERATOR_PIECE = 2**17, 2**22
+_PIECE, ACCELERATOR_PIECE = 2**17, 2**22
 #: One row of so many is observed where there are at least so many rows and elements. A CPU waits for memory; an
 #: accelerator takes what lies in one piece together, and for small matrices its launches are dearer than their memory.
 _EVERY, _MANY_ROWS, _LARGE, _ACCELERATOR_LARGE = 8, 64, 2**14, 2**20
@@ -58,6 +58,10 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
     return [local_part(t) for t in tensors]
 
 
+def _on_accelerator(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
 def mean_over_ranks(scalars: Tensor) -> Tensor:
     """The mean of `scalars` over all ranks of the default process group; `scalars` itself where there is none."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -82,7 +86,7 @@ def _products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | Non
     parts: list[Tensor] = []
     order: list[int] = []
     for alike in _together(left, right):
-        for run in runs(alike, lambda i: left[i].numel(), _ACCELERATOR_PIECE):
+        for run in runs(alike, lambda i: left[i].numel(), ACCELERATOR_PIECE):
             parts.append(_foreach_products(*([side[i] for i in run] for side in sides)))
             order += run
     if alone := sorted({*range(len(left))} - {*order}):
@@ -100,10 +104,9 @@ def _products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | Non
 
 def _together(left: list[Tensor], right: list[Tensor]) -> list[list[int]]:
     """The places of those that foreach operations take, those that they take in one launch apart from the others."""
-    devices = {t.device for t in right}
-    if len(devices) > 1 or devices.pop().type == "cpu":
+    if len({t.device for t in right}) > 1 or not _on_accelerator(right[0]):
         return []
-    fit = [i for i, a in enumerate(left) if not a.is_sparse and right[i].numel() <= _ACCELERATOR_PIECE]
+    fit = [i for i, a in enumerate(left) if not a.is_sparse and right[i].numel() <= ACCELERATOR_PIECE]
     whole = [i for i in fit if left[i].is_contiguous() and right[i].is_contiguous()]
     return [whole, sorted({*fit} - {*whole})]
 
@@ -127,7 +130,7 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     # Temporaries that fit into a CPU's cache cost next to nothing, fresh memory several times the arithmetic. BLAS
     # needs none for one precision's plain product.
     temporary = minus is not None or a.dtype in _HALF or not a.is_contiguous()
-    size = _PIECE if a.device.type == "cpu" else _ACCELERATOR_PIECE
+    size = ACCELERATOR_PIECE if _on_accelerator(a) else _PIECE
     if temporary and a.dim() and a.numel() > size:
         if all(t.is_contiguous() for t in pieces[0]):
             cut = [torch.split(t.view(-1), size) for t in pieces[0]]
@@ -170,7 +173,7 @@ def observed(params: list[Tensor]) -> list[int]:
 
     What is sought is the median over parameters, in which vectors hardly count.
     """
-    if params[0].device.type == "cpu":
+    if not _on_accelerator(params[0]):
         return list(range(len(params)))
     places = [i for i, p in enumerate(params) if p.dim() > 1] or list(range(len(params)))
     if len(places) <= _ACCELERATOR_MANY:
@@ -185,7 +188,7 @@ def is_sampled(tensor: Tensor) -> bool:
     A layer's rows are units alike: the ratio of two slopes over an eighth of them is that over all of them, nearly.
     What is sharded is not cut, because another number of ranks, which cuts elsewhere, may go on from a checkpoint.
     """
-    large = _LARGE if tensor.device.type == "cpu" else _ACCELERATOR_LARGE
+    large = _ACCELERATOR_LARGE if _on_accelerator(tensor) else _LARGE
     return tensor.dim() > 1 and tensor.shape[0] >= _MANY_ROWS and tensor.numel() >= large and not is_sharded(tensor)
 
 

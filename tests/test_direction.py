@@ -73,15 +73,10 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
 
 
 def as_on_an_accelerator(monkeypatch):
-    """Slopes by foreach operations."""
-
-    def together(left, right):
-        fit = [i for i, a in enumerate(left) if not a.is_sparse]
-        whole = [i for i in fit if left[i].is_contiguous() and right[i].is_contiguous()]
-        return [whole, [i for i in fit if i not in whole]]
-
-    monkeypatch.setattr(slopes, "_together", together)
-    monkeypatch.setattr(slopes, "_ACCELERATOR_PIECE", 5000)
+    """Slopes by foreach operations, but for what is larger than a piece; of matrices as large as on a CPU a sample."""
+    monkeypatch.setattr(slopes, "_on_accelerator", lambda tensor: True)
+    monkeypatch.setattr(slopes, "_ACCELERATOR_LARGE", slopes._LARGE)
+    monkeypatch.setattr(slopes, "ACCELERATOR_PIECE", 5000)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
