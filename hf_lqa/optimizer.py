@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cross_batch import POLICIES
 from .direction import Direction, rescaled, with_gradient
-from .policy import POLICIES, Policy
+from .policy import PaperPolicy
 from .quadratic import Fit, Verdict, fit_losses
 from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
 
@@ -83,7 +84,7 @@ class LQA(torch.optim.Optimizer):
         base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
             state are shared with it.
         policy: ``"cross_batch"`` (averaged, the default) or ``"paper"`` (arXiv 2004.03260 to the letter).
-        options: the policy's arguments, see `hf_lqa.policy`.
+        options: the policy's arguments, see `hf_lqa.policy` and `hf_lqa.cross_batch`.
 
     Attributes:
         step_size: the step size last applied, in units of the direction, schedule included; `None` before any.
@@ -114,7 +115,7 @@ class LQA(torch.optim.Optimizer):
                 stacklevel=2,
             )
         self.base = base
-        self.policy: Policy = POLICIES[policy](**options)
+        self.policy: PaperPolicy = POLICIES[policy](**options)
         self.step_size: float | None = None
         self.last_probe: ProbeRecord | None = None
         self.last_end_slope: float | None = None

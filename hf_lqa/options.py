@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.training_args import OptimizerNames
 
-from .policy import POLICIES
+from .cross_batch import POLICIES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

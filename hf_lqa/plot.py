@@ -195,10 +195,10 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
     steps, rates = _series(log, "learning_rate")
     rate.plot(steps, [r or math.nan for r in rates], color=_DARK, label="applied")
     spread = [e for e in log if e.get("learning_rate") and "lqa_relative_rate_min" in e]
-    low, high = ([e["learning_rate"] * e[f"lqa_relative_rate_{end}"] for e in spread] for end in ("min", "max"))
+    least, most = ([e["learning_rate"] * e[f"lqa_relative_rate_{end}"] for e in spread] for end in ("min", "max"))
     if spread:
         steps = [entry["step"] for entry in spread]
-        rate.fill_between(steps, low, high, color=_DARK, alpha=0.15, linewidth=0, label="of all parameters")
+        rate.fill_between(steps, least, most, color=_DARK, alpha=0.15, linewidth=0, label="of all parameters")
     steps, levels = _series(log, "lqa_level")
     rate.plot(steps, levels, color=_BLUE, linestyle="--", label="level, before warm-up and schedule")
     rate.set_yscale("log")

@@ -1,4 +1,4 @@
-"""How measurements become the step size: the published rule, and the one that is the default for fine-tuning.
+"""How measurements become the step size: what the optimizer asks a policy, and the published rule.
 
 A policy sees floats only. Before a probe it says how far to probe (`radius`); after it, `observe_probe` takes the fit;
 at the next training step, `observe_end` takes the slopes at both ends of a step: at its start on the step's own batch,
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from .quadratic import Fit, Verdict, end_ratio
+from .quadratic import Fit, Verdict
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r}: {allowed}")
 
@@ -52,14 +52,14 @@ class PaperPolicy:
     radius_scale: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.tau, (int, float)) and 0 < self.tau < 1, "tau", self.tau, "must be in (0, 1)")
-        _require(
+        require(isinstance(self.tau, (int, float)) and 0 < self.tau < 1, "tau", self.tau, "must be in (0, 1)")
+        require(
             isinstance(self.probe_interval, int) and self.probe_interval >= 1,
             "probe_interval",
             self.probe_interval,
             "must be an integer >= 1",
         )
-        _require(
+        require(
             self.probe_radius is None or (math.isfinite(self.probe_radius) and self.probe_radius > 0),
             "probe_radius",
             self.probe_radius,
@@ -134,8 +134,8 @@ class PaperPolicy:
         Raises:
             ValueError: an argument is out of its range.
         """
-        _require(total_steps >= 1, "total_steps", total_steps, "must be an integer >= 1")
-        _require(0 <= final_factor <= 1, "final_factor", final_factor, "must be in [0, 1]")
+        require(total_steps >= 1, "total_steps", total_steps, "must be an integer >= 1")
+        require(0 <= final_factor <= 1, "final_factor", final_factor, "must be in [0, 1]")
 
     def _adapt_radius(self, fit: Fit) -> None:
         if fit.verdict is Verdict.BELOW_NOISE:
@@ -157,311 +157,3 @@ class PaperPolicy:
         for f in fields(self):
             if not f.init:
                 setattr(self, f.name, state[f.name])
-
-
-@dataclass
-class CrossBatchPolicy(PaperPolicy):
-    """Differs from `PaperPolicy` in where the parabola's second condition comes from: the next batch's gradient.
-
-    A batch's own parabola counts the batch's own noise as progress. The slope at the *end* of a step, measured by the
-    gradient of the batch after it (which training computes anyway), does not: along the line, the parabola of fresh
-    data has its minimum where that slope is 0. What is left of the slope at the end of a step,
-
-        r = median of end_i / |start_i|         start_i = <gradient_t, move_t>_i, end_i = <gradient_{t+1}, move_t>_i
-
-    over the parameters ``i``, weighted by the root of their number of elements, is -1 where a step was far too short,
-    0 at the minimum, positive beyond (`hf_lqa.quadratic.end_ratio`). At first ``start`` and ``end`` are averages
-    (decay 0.8); later ``start`` is the last of them, a scale. The level is found in two phases.
-
-    **The first steps**, an eighth of the run's, at least 12 and at most 24. In 12 of them the level follows the slope
-    per unit step as the base optimizer's moments settle, to where a step changes its batch's loss to first order by
-    the share ``4/3 tau``:
-
-        target = 4/3 radius |start_0| / mean |start_t|,        level *= (target / level)**0.5
-
-    and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope
-    is noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, in all first steps, towards where half of the slope is
-    left. Above it, ``q = r / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far).
-    While more than 0.7 of it is, and the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by
-    ``exp(0.35 (q - 0.7) / 0.3)`` a step. A parabola that opens downwards takes this growth back: there, as where a
-    fresh head is learned, the slope is about to change. The other first steps wait for that to be over: until then a
-    slope persists at any level.
-
-    **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
-    with the factor ``f`` (schedule times ramp), is
-
-        z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
-        level *= exp(-eta f z / sqrt(k + 4))
-        aim    = 0.5 |r_0| - short log2(2 level / first)  r_0: the lowest averaged ratio of the first steps
-        short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
-
-    Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
-    shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
-    further beyond the minimum lies the aim: what a step overshoots along steep directions the schedule's end takes
-    back, what it gains along flat ones stays. The longer the run, and the less its schedule takes back, the further
-    short of the minimum: noise is paid for in every step. A constant aim short of it would be a drift without end where
-    the ratios are all noise, as late in training; so the level is drawn towards half of what the first steps found
-    (``first``; the logarithm is kept in [-1, 3]). A run whose end is not known is taken for an endless one.
-
-    **Relative rates.** What is left of its slope differs between parameters: in fine-tuning from a hundredth in the
-    lowest layers, where a batch's slope is all noise, to nine tenths in a fresh head. So parameter ``i`` moves
-    ``rate_i`` times as far as the level says. After the first steps (without the first of them)
-
-        rate_i = c abs(q_i)**0.5,        q_i = sum of end_i / sum of abs(start_i), kept in [-1, -0.02]
-
-    and from then on each follows its own ratio, as the level does the median's:
-
-        z_i     = clip(r_i / rms(r_i), -2, 2)        r_i = end_i / (rate_i abs(start_i)), start_i: before it had a rate
-        rate_i *= c exp(-eta f z_i / sqrt(k + 4))
-
-    where ``c`` makes the mean of ``rate_i**2``, weighted as the median, 1 again: relative rates turn a step, and
-    leave its length to the level. They are kept in [1/4, 4] and applied to the nearest half of a doubling. A parameter
-    that is not observed has that of the one before it. Ratios are divided by ``rate_i`` for the level, too.
-
-    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor and `relative_rates`.
-
-    As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
-
-    Probes are rare: at step 0, at steps 4, 7 and 10 until one opens downwards, and every `probe_interval`. The first
-    gives the first level, the next say whether it may grow; later ones are measurements, which it does not depend on.
-
-    Args:
-        probe_interval: distance between probes, in steps, but for those at steps 4, 7 and 10.
-        eta: gain; in (0, 1].
-        warmup: steps of the ramp, ``>= 0``.
-    """
-
-    name: ClassVar[str] = "cross_batch"
-    _SETTLED: ClassVar[float] = 4 / 3
-    _SETTLING: ClassVar[float] = 0.5
-    _BEYOND: ClassVar[float] = 0.5
-    _SHORT: ClassVar[float] = 0.4
-    #: Share of the first steps' level to which one that aims short is drawn, and bounds of its doublings from there.
-    _LEAST: ClassVar[float] = 0.5
-    _PULL: ClassVar[tuple[float, float]] = (-1.0, 3.0)
-    #: Steps of a linear schedule with which the minimum itself is the aim, if all of a slope is noise.
-    _HORIZON: ClassVar[int] = 100
-    #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
-    _BELIEVED: ClassVar[float] = 0.5
-    _GROWTH: ClassVar[float] = 1 / 6
-    #: Above it: the share of the lowest ratio that must be left, and the largest growth in a step, its logarithm.
-    _LEFT: ClassVar[float] = 0.7
-    _CONVEX_GROWTH: ClassVar[float] = 0.35
-    _DECAY: ClassVar[float] = 0.9
-    #: Of the averages in the first steps.
-    _FIRST_DECAY: ClassVar[float] = 0.8
-    _MAX_Z: ClassVar[float] = 2.0
-    _FADING: ClassVar[int] = 4
-    #: Steps in which the level follows the slope; most first steps, and their share of a run.
-    _SETTLING_STEPS: ClassVar[int] = 12
-    _MAX_FIRST_STEPS: ClassVar[int] = 24
-    _FIRST_SHARE: ClassVar[float] = 1 / 8
-    _FIRST_PROBES: ClassVar[tuple[int, ...]] = (4, 7, 10)
-    #: Observations at each distance between them.
-    _DENSE: ClassVar[int] = 16
-    #: What is left of a slope counts for so much at least in a relative rate, whose power of it, largest factor and
-    #: number of values to a doubling follow: each value that occurs is one more param group in the base optimizer.
-    _LEAST_LEFT: ClassVar[float] = 0.02
-    _RATE_POWER: ClassVar[float] = 0.5
-    _MAX_RATE: ClassVar[float] = 4.0
-    _RATES_TO_A_DOUBLING: ClassVar[int] = 2
-
-    probe_interval: int = 100
-    eta: float = 0.3
-    warmup: int = 3
-    #: Observations of the first steps, and after them.
-    first_observations: int = field(default=0, init=False)
-    observations: int = field(default=0, init=False)
-    mean_square: float = field(default=0.0, init=False)
-    #: Of the first steps: radius and slope of step 0, growth so far, lowest ratio, averages of the slopes.
-    first_radius: float = field(default=0.0, init=False)
-    first_slope: float = field(default=0.0, init=False)
-    growth: float = field(default=1.0, init=False)
-    convex_growth: float = field(default=1.0, init=False)
-    #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
-    convex: bool | None = field(default=None, init=False)
-    lowest: float = field(default=0.0, init=False)
-    #: The level at their end.
-    settled: float = field(default=0.0, init=False)
-    starts: list[float] = field(default_factory=list, init=False)
-    ends: list[float] = field(default_factory=list, init=False)
-    #: Of each parameter: sums of its slopes, start slopes without their signs; average of its squared ratio; its
-    #: relative rate, first as a logarithm, then as it is applied.
-    start_sums: list[float] = field(default_factory=list, init=False)
-    end_sums: list[float] = field(default_factory=list, init=False)
-    mean_squares: list[float] = field(default_factory=list, init=False)
-    log_rates: list[float] = field(default_factory=list, init=False)
-    rates: list[float] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        self._short, self._first_steps = 2 * self._SHORT, self._MAX_FIRST_STEPS
-        super().__post_init__()
-        _require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
-        _require(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", self.warmup, "must be an integer >= 0")
-
-    def plan(self, total_steps: int, final_factor: float = 0.0) -> None:
-        super().plan(total_steps, final_factor)
-        taken_back = (1 - final_factor) * min(1.0, self._HORIZON / total_steps)
-        self._short = self._SHORT * (1 + final_factor) * (1 - taken_back)
-        share = int(self._FIRST_SHARE * total_steps)
-        self._first_steps = min(max(share, self._SETTLING_STEPS), self._MAX_FIRST_STEPS)
-
-    @property
-    def _aim(self) -> float:
-        """Where ``r / rms(r)`` should be; positive beyond the minimum."""
-        assert self.step_size is not None
-        doublings = math.log2(self.step_size) - math.log2(self.settled) - math.log2(self._LEAST)
-        return self._BEYOND * abs(self.lowest) - self._short * min(max(doublings, self._PULL[0]), self._PULL[1])
-
-    def cadence(self) -> str:
-        first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
-        return f"probes at step 1, at {first} until a parabola opens downwards, and every {self.probe_interval}"
-
-    def wants_probe(self, step: int) -> bool:
-        # One that opened downwards has the last word.
-        return super().wants_probe(step) or (step in self._FIRST_PROBES and self.convex is not False)
-
-    def wants_end_slope(self, step: int) -> bool:
-        since = step - self._first_steps
-        if since < 0:
-            return True
-        # Distances 1 to n - 1 take 16 (1 + 2 + ... + (n - 1)) steps.
-        distance = int((1 + math.sqrt(1 + 8 * since / self._DENSE)) / 2)
-        return step % distance == 0
-
-    def wants_start_slope(self, step: int) -> bool:
-        return step < self._first_steps
-
-    def factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-
-    def observe_probe(self, fit: Fit, radius: float) -> None:
-        self._adapt_radius(fit)
-        if self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
-            self.first_radius = radius
-            self._set_level(self._SETTLED * radius)
-            if self.step_size is None:
-                self.step_size = radius
-        elif self.first_observations < self._SETTLING_STEPS:
-            if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
-                self.convex, self.convex_growth = False, 1.0
-            elif fit.verdict.usable and self.convex is None:
-                self.convex = True
-
-    def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
-        if self.step_size is None:
-            return
-        if starts:
-            self._observe_first(starts, ends, sizes)
-            return
-        known = len(self.starts)
-        if len(ends) < known:
-            return
-        # Parameters that were added later are without a scale.
-        sizes = sizes[:known]
-        ends = [end / rate for end, rate in zip(ends, self.rates or [1.0] * known, strict=False)]
-        if self.observations == 0:
-            self.settled = self.step_size
-            self._set_relative_rates(sizes)
-        ratio = end_ratio(self.starts, ends, _weights(sizes))
-        if not 0 < ratio * ratio < math.inf:
-            return
-        self.mean_square, z = self._normalised(ratio, self.mean_square)
-        gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
-        self._set_level(self.step_size * math.exp(-gain * (z - self._aim)))
-        for i, (start, end) in enumerate(zip(self.starts, ends, strict=True)):
-            ratio = end / abs(start) if start else math.nan
-            if 0 < ratio * ratio < math.inf:
-                self.mean_squares[i], z = self._normalised(ratio, self.mean_squares[i])
-                self.log_rates[i] -= gain * z
-        self._balance(sizes)
-        self.observations += 1
-
-    def _normalised(self, ratio: float, mean_square: float) -> tuple[float, float]:
-        """The average of squared ratios with `ratio` in it, and `ratio` over its root, clipped."""
-        mean_square = self._DECAY * mean_square + (1 - self._DECAY) * ratio * ratio
-        rms = math.sqrt(mean_square / (1 - self._DECAY ** (self.observations + 1)))
-        return mean_square, min(max(ratio / rms, -self._MAX_Z), self._MAX_Z)
-
-    def relative_rates(self, count: int) -> list[float]:
-        return self.rates + [1.0] * (count - len(self.rates)) if self.rates else []
-
-    def _set_relative_rates(self, sizes: Sequence[int]) -> None:
-        """The relative rates at the end of the first steps."""
-        left = [
-            min(max(-end / start, self._LEAST_LEFT), 1.0) if start else 1.0
-            for start, end in zip(self.start_sums, self.end_sums, strict=True)
-        ]
-        self.log_rates = [self._RATE_POWER * math.log(x) for x in left]
-        self.mean_squares = [0.0] * len(left)
-        self._balance(sizes)
-
-    def _balance(self, sizes: Sequence[int]) -> None:
-        """Scale the relative rates to a mean square of 1; one that is not known is that of the parameter before it."""
-        known = [i for i, start in enumerate(self.starts) if start]
-        if not known:
-            return
-        weights = _weights([sizes[i] for i in known])
-        squares = (weight * math.exp(2 * self.log_rates[i]) for i, weight in zip(known, weights, strict=True))
-        middle, bound = math.log(sum(squares) / sum(weights)) / 2, math.log(self._MAX_RATE)
-        for i in known:
-            self.log_rates[i] = min(max(self.log_rates[i] - middle, -bound), bound)
-        before = known[0]
-        for i, start in enumerate(self.starts):
-            before = i if start else before
-            self.log_rates[i] = self.log_rates[before]
-        steps = self._RATES_TO_A_DOUBLING / math.log(2)
-        self.rates = [math.exp(round(rate * steps) / steps) for rate in self.log_rates]
-
-    def _observe_first(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> None:
-        """Take an observation of the first steps, with the averages as of an exponential decay from zero."""
-        known = [end for start, end in zip(starts, ends, strict=True) if start]
-        if not all(map(math.isfinite, (*starts, *known))) or len(starts) != len(self.starts or starts):
-            return
-        # Of those that did not move, or are not observed, nothing is known.
-        ends = [end if start else 0.0 for start, end in zip(starts, ends, strict=True)]
-        self.first_observations = count = self.first_observations + 1
-        if count == 1:
-            self.starts, self.ends = [0.0] * len(starts), [0.0] * len(starts)
-            self.start_sums, self.end_sums = [0.0] * len(starts), [0.0] * len(starts)
-        else:
-            # AdamW's first direction is the sign of one batch's gradient, and left out.
-            self.start_sums = [old + abs(new) for old, new in zip(self.start_sums, starts, strict=True)]
-            self.end_sums = [old + new for old, new in zip(self.end_sums, ends, strict=True)]
-        keep = self._FIRST_DECAY
-        self.starts = [keep * old + (1 - keep) * new for old, new in zip(self.starts, starts, strict=True)]
-        self.ends = [keep * old + (1 - keep) * new for old, new in zip(self.ends, ends, strict=True)]
-        slope = abs(sum(self.starts)) / (1 - keep**count)
-        if count == 1:
-            self.first_slope = slope
-            return
-        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
-        ratio = 0.0 if math.isnan(ratio) else ratio
-        self.lowest = min(self.lowest, ratio)
-        assert self.step_size is not None
-        level = self.step_size
-        settling = count <= self._SETTLING_STEPS
-        if settling and count > 2 and slope > 0:
-            target = self._SETTLED * self.first_radius * self.first_slope / slope * self.growth * self.convex_growth
-            level *= (target / level) ** self._SETTLING
-        if ratio < -self._BELIEVED:
-            growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
-            self.growth, level = self.growth * growth, level * growth
-        elif settling and self.convex and ratio < self._LEFT * self.lowest:
-            growth = math.exp(self._CONVEX_GROWTH * (ratio / self.lowest - self._LEFT) / (1 - self._LEFT))
-            self.convex_growth, level = self.convex_growth * growth, level * growth
-        self._set_level(level)
-
-    def _set_level(self, level: float) -> None:
-        if 0 < level < math.inf:
-            self.step_size = level
-
-
-def _weights(sizes: Sequence[int]) -> list[float]:
-    """How much each parameter counts: as a matrix's side, or the one table of word vectors would outvote all layers."""
-    return [math.sqrt(size) for size in sizes]
-
-
-#: What the optimizer talks to.
-Policy = PaperPolicy
-POLICIES: dict[str, type[PaperPolicy]] = {p.name: p for p in (PaperPolicy, CrossBatchPolicy)}

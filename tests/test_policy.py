@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_lqa import LQA, Fit, Verdict
-from hf_lqa.policy import CrossBatchPolicy
+from hf_lqa.cross_batch import CrossBatchPolicy
 
 RADIUS = 0.01
 PROBED = Fit(-1.0, math.nan, None, Verdict.NON_CONVEX)

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_lqa import Fit, Verdict, fit_losses, fit_slopes
-from hf_lqa.policy import POLICIES
+from hf_lqa.cross_batch import POLICIES
 
 anything = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_subnormal=True)
