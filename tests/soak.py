@@ -4,7 +4,7 @@
 
 Any text will do. It exits with an error unless
 
-- every step, probed or not, moved the weights bit for bit as a twin of the base optimizer does at the rate that was
+- every step, probed or not, moved the weights bit for bit as a twin of the base optimizer does at the rates that were
   reported, and a rejected fit did not change the level;
 - the counters add up to the steps and probes that were seen;
 - memory is flat: the resident set's median of the last quarter is at most 4 MiB above that of the second quarter.
@@ -58,10 +58,10 @@ class Inspector(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         lqa = self.trainer.lqa
         assert lqa is not None
-        groups = [{**group, "params": [t for t, _, _ in group["params"]]} for group in self.groups]
-        base = type(lqa.base)(groups)
-        for group in base.param_groups:
-            group["lr"] = lqa.step_size
+        base = type(lqa.base)([{**group, "params": [t]} for group in self.groups for t, _, _ in group["params"]])
+        rates = lqa.relative_rates or [1.0] * len(base.param_groups)
+        for group, rate in zip(base.param_groups, rates, strict=True):
+            group["lr"] = lqa.step_size * rate
         for twin, _, state in (entry for group in self.groups for entry in group["params"]):
             if state:
                 base.state[twin] = state
