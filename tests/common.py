@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import hf_lqa
+from hf_lqa.direction import rescaled
 
 
 def tiny_bert(dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> BertForSequenceClassification:
@@ -150,16 +151,32 @@ class Replays(TrainerCallback):
             self.pairs.append((float(closure.loss), float(closure())))
 
 
-class WithoutLQA(TrainerCallback):
-    """Holds a stock Trainer's optimizer at a given sequence of rates."""
+class Rates(TrainerCallback):
+    """Keeps the rates that were applied: at each step that of all parameters, and the relative ones."""
 
-    def __init__(self, rates):
-        self.rates = iter(rates)
+    def __init__(self, trainer):
+        self.trainer, self.steps = trainer, []
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append((self.trainer.lqa.step_size, self.trainer.lqa.relative_rates))
+
+
+class WithoutLQA(TrainerCallback):
+    """Holds a stock Trainer's optimizer at the rates that `Rates` kept."""
+
+    def __init__(self, steps):
+        self.steps = iter(steps)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        rate = next(self.rates)
+        rate, relative = next(self.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        self.rescaled = rescaled(optimizer.optimizer, 1.0, relative)
+        self.rescaled.__enter__()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.rescaled.__exit__(None, None, None)
 
 
 def launch(

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from common import WithoutLQA, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
+from common import Rates, WithoutLQA, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
 from transformers import Trainer, TrainerCallback
 
 import hf_lqa
@@ -80,13 +80,17 @@ def test_the_probe_at_the_origin_is_the_training_loss_bit_for_bit(accumulation, 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
 def test_probes_leave_no_trace_in_training(settings, tmp_path):
     """A stock AdamW that is given the chosen rates has the same losses and ends with the same weights, bit for bit."""
-    ours = trained(tmp_path, max_steps=14, optim_args="probe_interval=3", **settings)
+    options = arguments(tmp_path, max_steps=20, optim_args="probe_interval=3", **settings)
+    ours = hf_lqa.LQATrainer(tiny_bert(), options, train_dataset=rows())
+    rates = Rates(ours)
+    ours.train()
     steps_probed(ours, 3)
+    assert len(set(rates.steps[-1][1])) > 1
     stock = Trainer(
         tiny_bert(),
-        arguments(tmp_path, max_steps=14, optim=parse_options(ours.args).base, **settings),
+        arguments(tmp_path, max_steps=20, optim=parse_options(ours.args).base, **settings),
         train_dataset=rows(),
-        callbacks=[WithoutLQA(logged(ours, "learning_rate"))],
+        callbacks=[WithoutLQA(rates.steps)],
     )
     stock.train()
     assert logged(stock, "loss") == logged(ours, "loss")
@@ -106,7 +110,7 @@ def test_a_huge_interval_is_the_base_optimizer_for_100_steps(tmp_path):
         tiny_bert(),
         arguments(tmp_path, optim="adamw_torch", max_steps=100, seed=3),
         train_dataset=rows(),
-        callbacks=[WithoutLQA(rates)],
+        callbacks=[WithoutLQA([(rate, []) for rate in rates])],
     )
     stock.train()
     assert_same_weights(weights(stock.model), weights(ours.model))
