@@ -93,7 +93,7 @@ def rescaled(base: torch.optim.Optimizer, scale: float, rates: list[float]) -> I
         alike: dict[float, list[Tensor]] = {}
         for p, rate in zip(group["params"], rate_of, strict=False):
             alike.setdefault(rate, []).append(p)
-        for rate, params in alike.items():
+        for rate, params in (alike or {1.0: []}).items():  # an optimizer may know its groups by position
             parts.append((group, {**group, "params": params, "lr": group["lr"] * scale * rate}))
     base.param_groups = [part for _, part in parts]
     try:
