@@ -1,9 +1,9 @@
 """The line along which the loss is probed: an origin, a direction, and exact moves between them.
 
-The direction is what the base optimizer would do at unit learning rate. It is found by a *rehearsal*: the base
-optimizer steps on copies of its state, a part of the weights at a time, and what it does to them is kept. So the base
-optimizer itself advances exactly once per training step, after the step size is known, and a probe that fails has
-nothing to undo.
+The direction is what the base optimizer would do at the learning rates it has (`rescaled`: at others). It is found by
+a *rehearsal*: the base optimizer steps on copies of its state, a part of the weights at a time, and what it does to
+them is kept. So the base optimizer itself advances exactly once per training step, after the step size is known, and a
+probe that fails has nothing to undo.
 """
 
 from __future__ import annotations

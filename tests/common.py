@@ -124,6 +124,7 @@ class Recorder(TrainerCallback):
             {
                 "step": state.global_step,
                 "step_size": lqa.step_size,
+                "relative_rates": lqa.relative_rates,
                 "end_slope": lqa.last_end_slope,
                 "forwards": lqa.counts["probe_forwards"],
                 "probe_step": probe.step if probe else None,
@@ -151,28 +152,17 @@ class Replays(TrainerCallback):
             self.pairs.append((float(closure.loss), float(closure())))
 
 
-class Rates(TrainerCallback):
-    """Keeps the rates that were applied: at each step that of all parameters, and the relative ones."""
-
-    def __init__(self, trainer):
-        self.trainer, self.steps = trainer, []
-        trainer.add_callback(self)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append((self.trainer.lqa.step_size, self.trainer.lqa.relative_rates))
-
-
 class WithoutLQA(TrainerCallback):
-    """Holds a stock Trainer's optimizer at the rates that `Rates` kept."""
+    """Holds a stock Trainer's optimizer at the rates that a `Recorder` kept."""
 
     def __init__(self, steps):
         self.steps = iter(steps)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        rate, relative = next(self.steps)
+        step = next(self.steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        self.rescaled = rescaled(optimizer.optimizer, 1.0, relative)
+            group["lr"] = step["step_size"]
+        self.rescaled = rescaled(optimizer.optimizer, 1.0, step["relative_rates"])
         self.rescaled.__enter__()
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.attention
 from common import (
-    Rates,
     Recorder,
     Replays,
     WithoutLQA,
@@ -128,14 +127,14 @@ def test_probes_leave_no_trace_in_training(precision, tmp_path, repeatable):
     ours = hf_lqa.LQATrainer(
         tiny_bert(), arguments(tmp_path, optim_args="probe_interval=3", **settings), train_dataset=rows()
     )
-    rates = Rates(ours)
+    recorder = Recorder(ours)
     ours.train()
-    assert ours.lqa.counts["probe_forwards"] >= 10 and len(set(rates.steps[-1][1])) > 1
+    assert ours.lqa.counts["probe_forwards"] >= 10 and len(set(recorder.steps[-1]["relative_rates"])) > 1
     stock = Trainer(
         tiny_bert(),
         arguments(tmp_path, optim="adamw_torch_fused", **settings),
         train_dataset=rows(),
-        callbacks=[WithoutLQA(rates.steps)],
+        callbacks=[WithoutLQA(recorder.steps)],
     )
     stock.train()
     assert_same_weights(weights(stock.model), weights(ours.model))

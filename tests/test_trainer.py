@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from common import Rates, WithoutLQA, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
+from common import Recorder, WithoutLQA, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
 from transformers import Trainer, TrainerCallback
 
 import hf_lqa
@@ -82,15 +82,15 @@ def test_probes_leave_no_trace_in_training(settings, tmp_path):
     """A stock AdamW that is given the chosen rates has the same losses and ends with the same weights, bit for bit."""
     options = arguments(tmp_path, max_steps=20, optim_args="probe_interval=3", **settings)
     ours = hf_lqa.LQATrainer(tiny_bert(), options, train_dataset=rows())
-    rates = Rates(ours)
+    recorder = Recorder(ours)
     ours.train()
     steps_probed(ours, 3)
-    assert len(set(rates.steps[-1][1])) > 1
+    assert len(set(recorder.steps[-1]["relative_rates"])) > 1
     stock = Trainer(
         tiny_bert(),
         arguments(tmp_path, max_steps=20, optim=parse_options(ours.args).base, **settings),
         train_dataset=rows(),
-        callbacks=[WithoutLQA(rates.steps)],
+        callbacks=[WithoutLQA(recorder.steps)],
     )
     stock.train()
     assert logged(stock, "loss") == logged(ours, "loss")
@@ -110,7 +110,7 @@ def test_a_huge_interval_is_the_base_optimizer_for_100_steps(tmp_path):
         tiny_bert(),
         arguments(tmp_path, optim="adamw_torch", max_steps=100, seed=3),
         train_dataset=rows(),
-        callbacks=[WithoutLQA([(rate, []) for rate in rates])],
+        callbacks=[WithoutLQA([{"step_size": rate, "relative_rates": []} for rate in rates])],
     )
     stock.train()
     assert_same_weights(weights(stock.model), weights(ours.model))

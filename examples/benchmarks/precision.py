@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lqa import LQA, Fit, ReplayedLoss, Verdict, fit_losses
-from hf_lqa.direction import Direction
+from hf_lqa.direction import Direction, rescaled
 from hf_lqa.policy import PaperPolicy
 from hf_lqa.replay import rounding_error
 
@@ -149,7 +149,8 @@ def main() -> None:
         if step % options.every == 0:
             with torch.no_grad():
                 moved = [p for p in model.parameters() if p.grad is not None]
-                direction = Direction(optimizer.base)
+                with rescaled(optimizer.base, 1 / optimizer.param_groups[0]["lr"], []):  # the schedule's factor
+                    direction = Direction(optimizer.base)
                 along = {p: direction.unit * d for p, d in zip(moved, direction.tensors, strict=True)}
                 line = (
                     [p.detach() for p in model.parameters()],
