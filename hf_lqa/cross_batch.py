@@ -33,11 +33,16 @@ class CrossBatchPolicy(PaperPolicy):
 
     and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope
     is noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, in all first steps, towards where half of the slope is
-    left. Above it, ``q = r / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far).
-    While more than 0.7 of it is, and the parabolas of the probes at steps 4, 7 and 10 open upwards, the level grows by
-    ``exp(0.35 (q - 0.7) / 0.3)`` a step. A parabola that opens downwards takes this growth back: there, as where a
-    fresh head is learned, the slope is about to change. The other first steps wait for that to be over: until then a
-    slope persists at any level.
+    left. Above it, ``q = r' / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far;
+    ``r'``: with averages that forget faster, decay 0.5). In the 12 steps, while the parabolas of the probes at steps 4,
+    7 and 10 open upwards, the level moves to where 0.7 of it is left,
+
+        level *= clip(held / level (1 - 0.7) / (1 - q), exp(-0.5), exp(0.5)),
+
+    on the line through ``q = 1`` at level 0 and the measured one at ``held``, the level that ``r'`` is of: the same
+    average of the logarithms. What it moves in all is kept ``>= 1``. A parabola that opens downwards takes this growth
+    back: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for that to
+    be over: until then a slope persists at any level.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (schedule times ramp), is
@@ -96,12 +101,13 @@ class CrossBatchPolicy(PaperPolicy):
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
     _BELIEVED: ClassVar[float] = 0.5
     _GROWTH: ClassVar[float] = 1 / 6
-    #: Above it: the share of the lowest ratio that must be left, and the largest growth in a step, its logarithm.
+    #: Above it: the share of the lowest ratio to be left, and the largest move in a step, its logarithm.
     _LEFT: ClassVar[float] = 0.7
-    _CONVEX_GROWTH: ClassVar[float] = 0.35
+    _PACE: ClassVar[float] = 0.5
     _DECAY: ClassVar[float] = 0.9
-    #: Of the averages in the first steps.
+    #: Of the averages in the first steps, and of those of what is left.
     _FIRST_DECAY: ClassVar[float] = 0.8
+    _QUICK_DECAY: ClassVar[float] = 0.5
     _MAX_Z: ClassVar[float] = 2.0
     _FADING: ClassVar[int] = 4
     #: Steps in which the level follows the slope; most first steps, and their share of a run.
@@ -129,7 +135,9 @@ class CrossBatchPolicy(PaperPolicy):
     first_radius: float = field(default=0.0, init=False)
     first_slope: float = field(default=0.0, init=False)
     growth: float = field(default=1.0, init=False)
-    convex_growth: float = field(default=1.0, init=False)
+    #: Logarithm of the growth that parabolas must consent to, and its quick average.
+    convex_growth: float = field(default=0.0, init=False)
+    held_growth: float = field(default=0.0, init=False)
     #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
     convex: bool | None = field(default=None, init=False)
     lowest: float = field(default=0.0, init=False)
@@ -137,6 +145,8 @@ class CrossBatchPolicy(PaperPolicy):
     settled: float = field(default=0.0, init=False)
     starts: list[float] = field(default_factory=list, init=False)
     ends: list[float] = field(default_factory=list, init=False)
+    quick_starts: list[float] = field(default_factory=list, init=False)
+    quick_ends: list[float] = field(default_factory=list, init=False)
     #: Of each parameter: sums of its slopes, start slopes without their signs; average of its squared ratio; its
     #: relative rate, first as a logarithm, then as it is applied.
     start_sums: list[float] = field(default_factory=list, init=False)
@@ -196,7 +206,7 @@ class CrossBatchPolicy(PaperPolicy):
                 self.step_size = radius
         elif self.first_observations < self._SETTLING_STEPS:
             if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
-                self.convex, self.convex_growth = False, 1.0
+                self.convex, self.convex_growth = False, 0.0
             elif fit.verdict.usable and self.convex is None:
                 self.convex = True
 
@@ -274,15 +284,17 @@ class CrossBatchPolicy(PaperPolicy):
         ends = [end if start else 0.0 for start, end in zip(starts, ends, strict=True)]
         self.first_observations = count = self.first_observations + 1
         if count == 1:
-            self.starts, self.ends = [0.0] * len(starts), [0.0] * len(starts)
-            self.start_sums, self.end_sums = [0.0] * len(starts), [0.0] * len(starts)
+            zeros = [0.0] * len(starts)
+            self.starts = self.ends = self.quick_starts = self.quick_ends = self.start_sums = self.end_sums = zeros
         else:
             # AdamW's first direction is the sign of one batch's gradient, and left out.
             self.start_sums = [old + abs(new) for old, new in zip(self.start_sums, starts, strict=True)]
             self.end_sums = [old + new for old, new in zip(self.end_sums, ends, strict=True)]
+            self.quick_starts = _averaged(self.quick_starts, starts, self._QUICK_DECAY)
+            self.quick_ends = _averaged(self.quick_ends, ends, self._QUICK_DECAY)
         keep = self._FIRST_DECAY
-        self.starts = [keep * old + (1 - keep) * new for old, new in zip(self.starts, starts, strict=True)]
-        self.ends = [keep * old + (1 - keep) * new for old, new in zip(self.ends, ends, strict=True)]
+        self.starts = _averaged(self.starts, starts, keep)
+        self.ends = _averaged(self.ends, ends, keep)
         slope = abs(sum(self.starts)) / (1 - keep**count)
         if count == 1:
             self.first_slope = slope
@@ -294,19 +306,31 @@ class CrossBatchPolicy(PaperPolicy):
         level = self.step_size
         settling = count <= self._SETTLING_STEPS
         if settling and count > 2 and slope > 0:
-            target = self._SETTLED * self.first_radius * self.first_slope / slope * self.growth * self.convex_growth
-            level *= (target / level) ** self._SETTLING
+            settled = self._SETTLED * self.first_radius * self.first_slope / slope
+            level *= (settled * self.growth * math.exp(self.convex_growth) / level) ** self._SETTLING
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
-        elif settling and self.convex and ratio < self._LEFT * self.lowest:
-            growth = math.exp(self._CONVEX_GROWTH * (ratio / self.lowest - self._LEFT) / (1 - self._LEFT))
-            self.convex_growth, level = self.convex_growth * growth, level * growth
+        elif settling and self.convex and self.lowest < 0:
+            move = self._convex_move(end_ratio(self.quick_starts, self.quick_ends, _weights(sizes)) / self.lowest)
+            self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
         self._set_level(level)
+
+    def _convex_move(self, left: float) -> float:
+        """Logarithm of the move to where `_LEFT` of the slope is left, if `left` of it is at the level held so far."""
+        self.held_growth += (1 - self._QUICK_DECAY) * (self.convex_growth - self.held_growth)
+        if math.isnan(left):
+            return 0.0
+        target = self.held_growth + math.log((1 - self._LEFT) / (1 - left)) if left < 1 else math.inf
+        return max(min(target - self.convex_growth, self._PACE), -self._PACE, -self.convex_growth)
 
     def _set_level(self, level: float) -> None:
         if 0 < level < math.inf:
             self.step_size = level
+
+
+def _averaged(average: Sequence[float], new: Sequence[float], decay: float) -> list[float]:
+    return [decay * old + (1 - decay) * x for old, x in zip(average, new, strict=True)]
 
 
 def _weights(sizes: Sequence[int]) -> list[float]:

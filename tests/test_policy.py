@@ -69,13 +69,28 @@ def test_what_is_no_noise_in_a_noisy_slope_is_believed_while_the_parabolas_open_
     convex = {4: accepted, 7: accepted, 10: accepted}
     persistent = 12 * [-0.1]
     assert grown(persistent, {}) == pytest.approx(1)
-    assert grown(persistent, convex) == pytest.approx(math.exp(0.35 * 8))
+    assert grown(persistent, convex) == pytest.approx(math.exp(0.5 * 8)), "half a unit of logarithm a step"
     assert grown(persistent, {4: Verdict.CLAMPED}) == grown(persistent, convex), "the first says it for all"
-    assert grown(persistent, {4: noise, 7: accepted}) == pytest.approx(math.exp(0.35 * 5)), "noise says nothing"
-    assert grown(6 * [-0.1] + 6 * [0.0], convex) < math.exp(0.35 * 4), "little of it is left"
-    assert grown(persistent[:7], convex) > 2
-    assert grown(persistent, {4: accepted, 7: non_convex, 10: accepted}) == pytest.approx(1, rel=0.15), "taken back"
+    assert grown(persistent, {4: noise, 7: accepted}) == pytest.approx(math.exp(0.5 * 5)), "noise says nothing"
+    assert grown(persistent, {4: accepted, 7: non_convex, 10: accepted}) == pytest.approx(1, rel=0.25), "taken back"
     assert grown(persistent, {4: non_convex, 7: accepted}) == pytest.approx(1), "and never believed again"
+
+
+def test_the_level_stops_growing_where_most_of_what_is_no_noise_is_left():
+    def level(minimum):
+        """At the end of the first steps, if the slope changes along a parabola with this minimum."""
+        policy = started()
+        for step in range(1, 13):
+            policy.observe_end([-1.0], [-0.1 * (1 - policy.step_size / minimum)], [1], 1.0)
+            if step in (4, 7, 10):
+                policy.observe_probe(Fit(-1.0, 1.0, 1.0, Verdict.ACCEPTED), RADIUS)
+        return policy.step_size
+
+    start = started().step_size
+    for times in (5, 20, 50):
+        # Averages lag behind growth, and the lowest ratio is not quite that of no step.
+        assert 0.2 < level(times * start) / (times * start) < 0.6
+    assert level(0.5 * start) == pytest.approx(start, rel=0.1), "never below where it began"
 
 
 def test_the_slope_of_a_few_weights_does_not_decide():
