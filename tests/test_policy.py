@@ -72,7 +72,9 @@ def test_what_is_no_noise_in_a_noisy_slope_is_believed_while_the_parabolas_open_
     assert grown(persistent, convex) == pytest.approx(math.exp(0.5 * 8)), "half a unit of logarithm a step"
     assert grown(persistent, {4: Verdict.CLAMPED}) == grown(persistent, convex), "the first says it for all"
     assert grown(persistent, {4: noise, 7: accepted}) == pytest.approx(math.exp(0.5 * 5)), "noise says nothing"
-    assert grown(persistent, {4: accepted, 7: non_convex, 10: accepted}) == pytest.approx(1, rel=0.25), "taken back"
+    assert grown(6 * [-0.1] + 6 * [0.0], convex) < math.exp(0.35 * 4), "little of it is left"
+    assert grown(persistent[:7], convex) > 2
+    assert grown(persistent, {4: accepted, 7: non_convex, 10: accepted}) == pytest.approx(1, rel=0.15), "taken back"
     assert grown(persistent, {4: non_convex, 7: accepted}) == pytest.approx(1), "and never believed again"
 
 
