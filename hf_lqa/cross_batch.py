@@ -75,7 +75,12 @@ class CrossBatchPolicy(PaperPolicy):
     leave its length to the level. They are kept in [1/4, 4] and applied to the nearest half of a doubling. A parameter
     that is not observed has that of the one before it. Ratios are divided by ``rate_i`` for the level, too.
 
-    The applied step size is ``level * min(1, (step + 1) / warmup)``, times the schedule's factor and `relative_rates`.
+    **The applied step size** is, times the schedule's factor and `relative_rates`,
+
+        level * min(1, (step + 1) / warmup) * clip(rms(r) / (0.1 abs(r_0)), 0.1, 1)
+
+    The last factor (from 10 observations on) is 1 in most runs. Slopes that have shrunk to less than a tenth of what at
+    first was no noise are those of a run that has converged: what is left is noise, to which a step adds its length.
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
@@ -105,6 +110,11 @@ class CrossBatchPolicy(PaperPolicy):
     _LEFT: ClassVar[float] = 0.7
     _PACE: ClassVar[float] = 0.5
     _DECAY: ClassVar[float] = 0.9
+    #: Of the lowest ratio, the share below which slopes are those of a run that has converged; observations to say so.
+    _CONVERGED: ClassVar[float] = 0.1
+    _OBSERVED: ClassVar[int] = 10
+    #: By how much steps are shortened there at most: a move that is lost in rounding would have no slope to come back by.
+    _LEAST_FACTOR: ClassVar[float] = 0.1
     #: Of the averages in the first steps, and of those of what is left.
     _FIRST_DECAY: ClassVar[float] = 0.8
     _QUICK_DECAY: ClassVar[float] = 0.5
@@ -195,7 +205,11 @@ class CrossBatchPolicy(PaperPolicy):
         return step < self._first_steps
 
     def factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.observations < self._OBSERVED or not self.lowest:
+            return ramp
+        shrunk = self._rms(self.mean_square, self.observations) / (self._CONVERGED * abs(self.lowest))
+        return ramp * min(max(shrunk, self._LEAST_FACTOR), 1.0)
 
     def observe_probe(self, fit: Fit, radius: float) -> None:
         self._adapt_radius(fit)
@@ -242,8 +256,11 @@ class CrossBatchPolicy(PaperPolicy):
     def _normalised(self, ratio: float, mean_square: float) -> tuple[float, float]:
         """The average of squared ratios with `ratio` in it, and `ratio` over its root, clipped."""
         mean_square = self._DECAY * mean_square + (1 - self._DECAY) * ratio * ratio
-        rms = math.sqrt(mean_square / (1 - self._DECAY ** (self.observations + 1)))
-        return mean_square, min(max(ratio / rms, -self._MAX_Z), self._MAX_Z)
+        z = ratio / self._rms(mean_square, self.observations + 1)
+        return mean_square, min(max(z, -self._MAX_Z), self._MAX_Z)
+
+    def _rms(self, mean_square: float, count: int) -> float:
+        return math.sqrt(mean_square / (1 - self._DECAY**count))
 
     def relative_rates(self, count: int) -> list[float]:
         return self.rates + [1.0] * (count - len(self.rates)) if self.rates else []

@@ -251,6 +251,27 @@ def test_moves_fade_with_evidence_and_with_the_schedule():
     assert math.log(half.step_size) - start == pytest.approx((math.log(policy.step_size) - start) / 2)
 
 
+def test_steps_are_shortened_where_slopes_have_shrunk_below_a_tenth_of_the_first_and_come_back_with_them():
+    policy = after_first_steps(-0.8)
+    for _ in range(10):
+        assert policy.factor(50) == 1, "ten observations say so, not one"
+        policy.observe_end([], [0.02], [1], 1.0)
+    assert policy.factor(50) == pytest.approx(0.02 / abs(policy.starts[0]) / (0.1 * 0.8))
+    assert policy.factor(0) == pytest.approx(policy.factor(50) / 3), "beside the ramp"
+    for _ in range(100):
+        policy.observe_end([], [1e-6], [1], 1.0)
+    assert policy.factor(50) == 0.1
+    policy.observe_end([], [0.5], [1], 1.0)
+    assert policy.factor(50) == 1
+
+
+def test_steps_are_not_shortened_where_most_of_the_first_slope_was_noise():
+    policy = after_first_steps(-0.05)
+    for step in range(100):
+        policy.observe_end([], [0.02 * (-1) ** step], [1], 1.0)
+    assert policy.factor(50) == 1
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_the_unit_of_the_loss_does_not_matter(scale):
     policies = started(), started()
