@@ -113,7 +113,7 @@ class CrossBatchPolicy(PaperPolicy):
     #: Of the lowest ratio, the share below which slopes are those of a run that has converged; observations to say so.
     _CONVERGED: ClassVar[float] = 0.1
     _OBSERVED: ClassVar[int] = 10
-    #: By how much steps are shortened there at most: a move that is lost in rounding would have no slope to come back by.
+    #: At most they are shortened by this: a move that is lost in rounding would have no slope to come back by.
     _LEAST_FACTOR: ClassVar[float] = 0.1
     #: Of the averages in the first steps, and of those of what is left.
     _FIRST_DECAY: ClassVar[float] = 0.8
