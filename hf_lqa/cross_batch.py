@@ -45,7 +45,7 @@ class CrossBatchPolicy(PaperPolicy):
     be over: until then a slope persists at any level.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
-    with the factor ``f`` (schedule times ramp), is
+    with the factor ``f`` (of the level: schedule, ramp and what else shortens it), is
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
         level *= exp(-eta f z / sqrt(k + 4))
