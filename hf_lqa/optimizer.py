@@ -315,7 +315,8 @@ class LQA(torch.optim.Optimizer):
     def _advance(self, multiplier: float, clip: float) -> None:
         """`base.step()` at rates ``level * factor * rate_i * lr``; `clip` is by what the gradients were scaled."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
-        scale = level * self.policy.factor(step)
+        factor = self.policy.factor(step)
+        scale = level * factor
         snapshot = self._take_snapshot() if scale > 0 and self.policy.wants_end_slope(step) else None
         with rescaled(self.base, scale, self.relative_rates):
             self.base.step()
@@ -324,7 +325,7 @@ class LQA(torch.optim.Optimizer):
             starts: Tensor | list[float] = []
             if self.policy.wants_start_slope(step):
                 starts = snapshot.slopes() / (step_size * clip)
-            self._move = _Move(step_size, self.policy.factor(step) * multiplier, self._places, starts)
+            self._move = _Move(step_size, factor * multiplier, self._places, starts)
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
