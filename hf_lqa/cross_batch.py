@@ -40,9 +40,10 @@ class CrossBatchPolicy(PaperPolicy):
         level *= clip(held / level (1 - 0.7) / (1 - q), exp(-0.5), exp(0.5)),
 
     on the line through ``q = 1`` at level 0 and the measured one at ``held``, the level that ``r'`` is of: the same
-    average of the logarithms. What it moves in all is kept ``>= 1``. A parabola that opens downwards takes this growth
-    back: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for that to
-    be over: until then a slope persists at any level.
+    average of the logarithms. What it moves in all is kept ``>= 1``. It takes part only where ``r_0`` can be told from
+    noise: where the ratios of the single steps so far, ``r_t``, have ``mean(r_t) < -0.6 rms(r_t)``. A parabola that
+    opens downwards takes this growth back: there, as where a fresh head is learned, the slope is about to change. The
+    other first steps wait for that to be over: until then a slope persists at any level.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (of the level: schedule, ramp and what else shortens it), is
@@ -77,7 +78,10 @@ class CrossBatchPolicy(PaperPolicy):
 
     **The applied step size** is, times the schedule's factor and `relative_rates`,
 
-        level * min(1, (step + 1) / warmup) * clip(rms(r) / (0.1 abs(r_0)), 0.1, 1)
+        level * min(1, (step + 1) / ramp) * clip(rms(r) / (0.1 abs(r_0)), 0.1, 1)
+
+    The ramp is `warmup`. Once one of the 12 steps ends beyond the minimum (``r' > 0``), it is as long as the first
+    steps from there on: a slope that turns so early steepens as fast as the weights move.
 
     The last factor (from 10 observations on) is 1 in most runs. Slopes that have shrunk to less than a tenth of what at
     first was no noise are those of a run that has converged: what is left is noise, to which a step adds its length.
@@ -90,7 +94,7 @@ class CrossBatchPolicy(PaperPolicy):
     Args:
         probe_interval: distance between probes, in steps, but for those at steps 4, 7 and 10.
         eta: gain; in (0, 1].
-        warmup: steps of the ramp, ``>= 0``.
+        warmup: steps of the ramp, ``>= 0``, unless a step of it overshoots.
     """
 
     name: ClassVar[str] = "cross_batch"
@@ -106,7 +110,9 @@ class CrossBatchPolicy(PaperPolicy):
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
     _BELIEVED: ClassVar[float] = 0.5
     _GROWTH: ClassVar[float] = 1 / 6
-    #: Above it: the share of the lowest ratio to be left, and the largest move in a step, its logarithm.
+    #: Above it: the share of its own size that the mean of single ratios must have to be no noise, the share of the
+    #: lowest ratio to be left, and the largest move in a step, its logarithm.
+    _OF_ONE_MIND: ClassVar[float] = 0.6
     _LEFT: ClassVar[float] = 0.7
     _PACE: ClassVar[float] = 0.5
     _DECAY: ClassVar[float] = 0.9
@@ -151,6 +157,9 @@ class CrossBatchPolicy(PaperPolicy):
     #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
     convex: bool | None = field(default=None, init=False)
     lowest: float = field(default=0.0, init=False)
+    #: Ratios of the single steps, and whether a quick average of them went beyond the minimum.
+    ratios: list[float] = field(default_factory=list, init=False)
+    overshot: bool = field(default=False, init=False)
     #: The level at their end.
     settled: float = field(default=0.0, init=False)
     starts: list[float] = field(default_factory=list, init=False)
@@ -205,7 +214,8 @@ class CrossBatchPolicy(PaperPolicy):
         return step < self._first_steps
 
     def factor(self, step: int) -> float:
-        ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        length = max(self.warmup, self._first_steps) if self.overshot else self.warmup
+        ramp = min(1.0, (step + 1) / length) if length else 1.0
         if self.observations < self._OBSERVED or not self.lowest:
             return ramp
         shrunk = self._rms(self.mean_square, self.observations) / (self._CONVERGED * abs(self.lowest))
@@ -316,22 +326,34 @@ class CrossBatchPolicy(PaperPolicy):
         if count == 1:
             self.first_slope = slope
             return
-        ratio = end_ratio(self.starts, self.ends, _weights(sizes))
+        weights = _weights(sizes)
+        ratio = end_ratio(self.starts, self.ends, weights)
         ratio = 0.0 if math.isnan(ratio) else ratio
         self.lowest = min(self.lowest, ratio)
+        quick = end_ratio(self.quick_starts, self.quick_ends, weights)
+        single = end_ratio(starts, ends, weights)
+        if not math.isnan(single):
+            self.ratios.append(single)
         assert self.step_size is not None
         level = self.step_size
         settling = count <= self._SETTLING_STEPS
+        if settling and quick > 0:
+            self.overshot = True
         if settling and count > 2 and slope > 0:
             settled = self._SETTLED * self.first_radius * self.first_slope / slope
             level *= (settled * self.growth * math.exp(self.convex_growth) / level) ** self._SETTLING
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
-        elif settling and self.convex and self.lowest < 0:
-            move = self._convex_move(end_ratio(self.quick_starts, self.quick_ends, _weights(sizes)) / self.lowest)
+        elif settling and self.convex and self.lowest < 0 and self._of_one_mind():
+            move = self._convex_move(quick / self.lowest)
             self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
         self._set_level(level)
+
+    def _of_one_mind(self) -> bool:
+        """Whether the single ratios so far are below zero by more than their noise."""
+        square = sum(ratio * ratio for ratio in self.ratios)
+        return sum(self.ratios) < -self._OF_ONE_MIND * math.sqrt(len(self.ratios) * square)
 
     def _convex_move(self, left: float) -> float:
         """Logarithm of the move to where `_LEFT` of the slope is left, if `left` of it is at the level held so far."""

@@ -78,6 +78,13 @@ def test_what_is_no_noise_in_a_noisy_slope_is_believed_while_the_parabolas_open_
     assert grown(persistent, {4: non_convex, 7: accepted}) == pytest.approx(1), "and never believed again"
 
 
+def test_what_is_left_of_a_slope_is_not_believed_while_it_is_no_more_than_its_own_noise():
+    convex = dict.fromkeys((4, 7, 10), Verdict.ACCEPTED)
+    noisy, clear = 3 * [0.4] + 9 * [-0.15], 6 * [-0.2, -0.1]
+    assert grown(noisy, convex) == grown(noisy, {}), "0 on average"
+    assert grown(clear, convex) > 2 * grown(clear, {})
+
+
 def test_the_level_stops_growing_where_most_of_what_is_no_noise_is_left():
     def level(minimum):
         """At the end of the first steps, if the slope changes along a parabola with this minimum."""
@@ -263,6 +270,33 @@ def test_steps_are_shortened_where_slopes_have_shrunk_below_a_tenth_of_the_first
     assert policy.factor(50) == 0.1
     policy.observe_end([], [0.5], [1], 1.0)
     assert policy.factor(50) == 1
+
+
+@pytest.mark.parametrize(("total_steps", "length"), [(100, 12), (160, 20), (1000, 24)])
+def test_a_step_beyond_the_minimum_among_the_first_lengthens_the_ramp(total_steps, length):
+    policy = started()
+    policy.plan(total_steps)
+    policy.observe_end([-1.0], [0.3], [1], 1 / 3)
+    assert policy.factor(2) == 1, "a base optimizer's first direction says little"
+    policy.observe_end([-1.0], [0.3], [1], 2 / 3)
+    assert [policy.factor(step) for step in (2, 5, 100)] == pytest.approx([3 / length, 6 / length, 1])
+    assert policy.step_size == started().step_size, "the level stays"
+    loaded = CrossBatchPolicy()
+    loaded.plan(total_steps)
+    loaded.load_state_dict(policy.state_dict())
+    assert loaded.factor(2) == policy.factor(2)
+
+
+def test_later_steps_beyond_the_minimum_do_not_and_a_longer_warmup_stays():
+    policy = started()
+    policy.plan(1000)
+    for step in range(24):
+        policy.observe_end([-1.0], [-0.3 if step < 12 else 1.0], [1], 1.0)
+    assert policy.factor(3) == 1
+    policy = started(warmup=50)
+    for _ in range(2):
+        policy.observe_end([-1.0], [0.3], [1], 0.1)
+    assert policy.factor(9) == 0.2
 
 
 def test_steps_are_not_shortened_where_most_of_the_first_slope_was_noise():
