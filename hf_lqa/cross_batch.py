@@ -40,10 +40,9 @@ class CrossBatchPolicy(PaperPolicy):
         level *= clip(held / level (1 - 0.7) / (1 - q), exp(-0.5), exp(0.5)),
 
     on the line through ``q = 1`` at level 0 and the measured one at ``held``, the level that ``r'`` is of: the same
-    average of the logarithms. What it moves in all is kept ``>= 1``. It takes part only where ``r_0`` can be told from
-    noise: where the ratios of the single steps so far, ``r_t``, have ``mean(r_t) < -0.6 rms(r_t)``. A parabola that
-    opens downwards takes this growth back: there, as where a fresh head is learned, the slope is about to change. The
-    other first steps wait for that to be over: until then a slope persists at any level.
+    average of the logarithms. What it moves in all is kept ``>= 1``. A parabola that opens downwards takes this growth
+    back: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for that to
+    be over: until then a slope persists at any level.
 
     **Afterwards** it is moved on a logarithmic scale. Observation number ``k`` (from 0), made of a step that was taken
     with the factor ``f`` (of the level: schedule, ramp and what else shortens it), is
@@ -80,8 +79,8 @@ class CrossBatchPolicy(PaperPolicy):
 
         level * min(1, (step + 1) / ramp) * clip(rms(r) / (0.1 abs(r_0)), 0.1, 1)
 
-    The ramp is `warmup`. Once one of the 12 steps ends beyond the minimum (``r' > 0``), it is as long as the first
-    steps from there on: a slope that turns so early steepens as fast as the weights move.
+    The ramp is `warmup`. Once one of the 12 steps ends clearly beyond the minimum (``r' > 0.15``), it is as long as the
+    first steps from there on, and growth by parabolas is taken back: what turns a slope so early is that it steepens.
 
     The last factor (from 10 observations on) is 1 in most runs. Slopes that have shrunk to less than a tenth of what at
     first was no noise are those of a run that has converged: what is left is noise, to which a step adds its length.
@@ -110,11 +109,11 @@ class CrossBatchPolicy(PaperPolicy):
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
     _BELIEVED: ClassVar[float] = 0.5
     _GROWTH: ClassVar[float] = 1 / 6
-    #: Above it: the share of its own size that the mean of single ratios must have to be no noise, the share of the
-    #: lowest ratio to be left, and the largest move in a step, its logarithm.
-    _OF_ONE_MIND: ClassVar[float] = 0.6
+    #: Above it: the share of the lowest ratio to be left, and the largest move in a step, its logarithm.
     _LEFT: ClassVar[float] = 0.7
     _PACE: ClassVar[float] = 0.5
+    #: Above this (positive) ratio the first steps overshoot.
+    _OVERSHOT: ClassVar[float] = 0.15
     _DECAY: ClassVar[float] = 0.9
     #: Of the lowest ratio, the share below which slopes are those of a run that has converged; observations to say so.
     _CONVERGED: ClassVar[float] = 0.1
@@ -157,8 +156,7 @@ class CrossBatchPolicy(PaperPolicy):
     #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
     convex: bool | None = field(default=None, init=False)
     lowest: float = field(default=0.0, init=False)
-    #: Ratios of the single steps, and whether a quick average of them went beyond the minimum.
-    ratios: list[float] = field(default_factory=list, init=False)
+    #: Whether one of them overshot.
     overshot: bool = field(default=False, init=False)
     #: The level at their end.
     settled: float = field(default=0.0, init=False)
@@ -331,29 +329,21 @@ class CrossBatchPolicy(PaperPolicy):
         ratio = 0.0 if math.isnan(ratio) else ratio
         self.lowest = min(self.lowest, ratio)
         quick = end_ratio(self.quick_starts, self.quick_ends, weights)
-        single = end_ratio(starts, ends, weights)
-        if not math.isnan(single):
-            self.ratios.append(single)
         assert self.step_size is not None
         level = self.step_size
         settling = count <= self._SETTLING_STEPS
-        if settling and quick > 0:
-            self.overshot = True
+        if settling and quick > self._OVERSHOT:
+            self.overshot, self.convex, self.convex_growth = True, False, 0.0
         if settling and count > 2 and slope > 0:
             settled = self._SETTLED * self.first_radius * self.first_slope / slope
             level *= (settled * self.growth * math.exp(self.convex_growth) / level) ** self._SETTLING
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
-        elif settling and self.convex and self.lowest < 0 and self._of_one_mind():
+        elif settling and self.convex and self.lowest < 0:
             move = self._convex_move(quick / self.lowest)
             self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
         self._set_level(level)
-
-    def _of_one_mind(self) -> bool:
-        """Whether the single ratios so far are below zero by more than their noise."""
-        square = sum(ratio * ratio for ratio in self.ratios)
-        return sum(self.ratios) < -self._OF_ONE_MIND * math.sqrt(len(self.ratios) * square)
 
     def _convex_move(self, left: float) -> float:
         """Logarithm of the move to where `_LEFT` of the slope is left, if `left` of it is at the level held so far."""

@@ -76,13 +76,8 @@ def test_what_is_no_noise_in_a_noisy_slope_is_believed_while_the_parabolas_open_
     assert grown(persistent[:7], convex) > 2
     assert grown(persistent, {4: accepted, 7: non_convex, 10: accepted}) == pytest.approx(1, rel=0.15), "taken back"
     assert grown(persistent, {4: non_convex, 7: accepted}) == pytest.approx(1), "and never believed again"
-
-
-def test_what_is_left_of_a_slope_is_not_believed_while_it_is_no_more_than_its_own_noise():
-    convex = dict.fromkeys((4, 7, 10), Verdict.ACCEPTED)
-    noisy, clear = 3 * [0.4] + 9 * [-0.15], 6 * [-0.2, -0.1]
-    assert grown(noisy, convex) == grown(noisy, {}), "0 on average"
-    assert grown(clear, convex) > 2 * grown(clear, {})
+    assert grown([0.4, *persistent[1:]], convex) > 10, "one slope that turns is noise"
+    assert grown([0.4, 0.4, *persistent[2:]], convex) == pytest.approx(1, rel=0.15), "two, and the steps overshoot"
 
 
 def test_the_level_stops_growing_where_most_of_what_is_no_noise_is_left():
