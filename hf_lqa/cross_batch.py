@@ -87,13 +87,14 @@ class CrossBatchPolicy(PaperPolicy):
 
     As moves fade, so does the need to observe: a distance of ``n`` steps is kept for 16 observations, then ``n + 1``.
 
-    Probes are rare: at step 0, at steps 4, 7 and 10 until one opens downwards, and every `probe_interval`. The first
-    gives the first level, the next say whether it may grow; later ones are measurements, which it does not depend on.
+    Probes are rare: at step 0, at 4, 7 and 10 until one opens downwards or a step overshoots, and every
+    `probe_interval`. The first gives the first level, the next say whether it may grow; later ones are measurements,
+    which it does not depend on.
 
     Args:
         probe_interval: distance between probes, in steps, but for those at steps 4, 7 and 10.
         eta: gain; in (0, 1].
-        warmup: steps of the ramp, ``>= 0``, unless a step of it overshoots.
+        warmup: steps of the ramp, ``>= 0``, unless one of the first steps overshoots.
     """
 
     name: ClassVar[str] = "cross_batch"
