@@ -189,10 +189,11 @@ def time_table(options: argparse.Namespace) -> None:
             for length in options.length:
                 names = ["adamw", *options.optimizers]
                 bench = Bench(model, names, batch_size, length, getattr(torch, options.dtype))
-                found = measure(bench, options.steps)
+                found, parameters, device = measure(bench, options.steps), bench.parameters, bench.device
+                del bench  # before the next one is built: the largest fill most of a machine's memory
                 print(
-                    f"\n{model}, {bench.parameters / 1e6:.1f} M weights, batch {batch_size} x {length} tokens,"
-                    f" {options.dtype}, {bench.device}, {options.steps} steps;"
+                    f"\n{model}, {parameters / 1e6:.1f} M weights, batch {batch_size} x {length} tokens,"
+                    f" {options.dtype}, {device}, {options.steps} steps;"
                     f" AdamW: {found['adamw']['ms']:.0f} ms a step (median)\n"
                 )
                 print("| optimizer | whole run / AdamW | step without a probe / AdamW | probe step / AdamW | probes |")
@@ -201,7 +202,7 @@ def time_table(options: argparse.Namespace) -> None:
                     own = found[name]
                     cells = ["" if own[k] != own[k] else f"{own[k]:.3f}" for k in ("whole", "plain", "probe")]
                     print(f"| {name} | {' | '.join(cells)} | {own['probes']} |", flush=True)
-                curve.append((model, bench.parameters, batch_size, length, found))
+                curve.append((model, parameters, batch_size, length, found))
     if options.curve:
         draw(curve, options.curve)
 
