@@ -154,10 +154,11 @@ class CrossBatchPolicy(PaperPolicy):
     #: Logarithm of the growth that parabolas must consent to, and its quick average.
     convex_growth: float = field(default=0.0, init=False)
     held_growth: float = field(default=0.0, init=False)
-    #: Whether the parabolas of the probes after the first opened upwards; `None`: there was none that says.
+    #: Whether the parabolas of the probes after the first opened upwards, and no step overshot; `None`: there was none
+    #: that says.
     convex: bool | None = field(default=None, init=False)
     lowest: float = field(default=0.0, init=False)
-    #: Whether one of them overshot.
+    #: Whether one of the first steps overshot.
     overshot: bool = field(default=False, init=False)
     #: The level at their end.
     settled: float = field(default=0.0, init=False)
@@ -198,7 +199,7 @@ class CrossBatchPolicy(PaperPolicy):
         return f"probes at step 1, at {first} until a parabola opens downwards, and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
-        # One that opened downwards has the last word.
+        # One that opened downwards, or a step that overshot, has the last word.
         return super().wants_probe(step) or (step in self._FIRST_PROBES and self.convex is not False)
 
     def wants_end_slope(self, step: int) -> bool:
@@ -229,7 +230,7 @@ class CrossBatchPolicy(PaperPolicy):
                 self.step_size = radius
         elif self.first_observations < self._SETTLING_STEPS:
             if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
-                self.convex, self.convex_growth = False, 0.0
+                self._take_back()
             elif fit.verdict.usable and self.convex is None:
                 self.convex = True
 
@@ -334,7 +335,8 @@ class CrossBatchPolicy(PaperPolicy):
         level = self.step_size
         settling = count <= self._SETTLING_STEPS
         if settling and quick > self._OVERSHOT:
-            self.overshot, self.convex, self.convex_growth = True, False, 0.0
+            self.overshot = True
+            self._take_back()
         if settling and count > 2 and slope > 0:
             settled = self._SETTLED * self.first_radius * self.first_slope / slope
             level *= (settled * self.growth * math.exp(self.convex_growth) / level) ** self._SETTLING
@@ -353,6 +355,10 @@ class CrossBatchPolicy(PaperPolicy):
             return 0.0
         target = self.held_growth + math.log((1 - self._LEFT) / (1 - left)) if left < 1 else math.inf
         return max(min(target - self.convex_growth, self._PACE), -self._PACE, -self.convex_growth)
+
+    def _take_back(self) -> None:
+        """End the growth that parabolas must consent to, from its beginning."""
+        self.convex, self.convex_growth = False, 0.0
 
     def _set_level(self, level: float) -> None:
         if 0 < level < math.inf:
