@@ -66,14 +66,16 @@ class CrossBatchPolicy(PaperPolicy):
 
         rate_i = c abs(q_i)**0.5,        q_i = sum of end_i / sum of abs(start_i), kept in [-1, -0.02]
 
-    and from then on each follows its own ratio, as the level does the median's:
+    and from then on each follows the slope along all the way it has come from the weights that training began with,
 
-        z_i     = clip(r_i / rms(r_i), -2, 2)        r_i = end_i / (rate_i abs(start_i)), start_i: before it had a rate
+        z_i     = clip(s_i / rms(s_i), -2, 2)        s_i = <gradient_{t+1}, theta_{t+1} - theta_0>_i
         rate_i *= c exp(-eta f z_i / sqrt(k + 4))
 
-    where ``c`` makes the mean of ``rate_i**2``, weighted as the median, 1 again: relative rates turn a step, and
-    leave its length to the level. They are kept in [1/4, 4] and applied to the nearest half of a doubling. A parameter
-    that is not observed has that of the one before it. Ratios are divided by ``rate_i`` for the level, too.
+    which is below zero where going further that way would have been better. A move's own slope says so with more noise:
+    what all moves have in common is a small part of each, and nearly all of their sum. ``c`` makes the mean of
+    ``rate_i**2``, weighted as the median, 1: relative rates turn a step, and leave its length to the level. They are
+    kept in [1/4, 4] and applied to the nearest half of a doubling. A parameter that is not observed has that of the one
+    before it. Ratios are divided by ``rate_i`` for the level.
 
     **The applied step size** is, times the schedule's factor and `relative_rates`,
 
@@ -166,7 +168,7 @@ class CrossBatchPolicy(PaperPolicy):
     ends: list[float] = field(default_factory=list, init=False)
     quick_starts: list[float] = field(default_factory=list, init=False)
     quick_ends: list[float] = field(default_factory=list, init=False)
-    #: Of each parameter: sums of its slopes, start slopes without their signs; average of its squared ratio; its
+    #: Of each parameter: sums of its slopes, start slopes without their signs; average of its squared `ways`; its
     #: relative rate, first as a logarithm, then as it is applied.
     start_sums: list[float] = field(default_factory=list, init=False)
     end_sums: list[float] = field(default_factory=list, init=False)
@@ -234,7 +236,14 @@ class CrossBatchPolicy(PaperPolicy):
             elif fit.verdict.usable and self.convex is None:
                 self.convex = True
 
-    def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
+    def observe_end(
+        self,
+        starts: Sequence[float],
+        ends: Sequence[float],
+        sizes: Sequence[int],
+        factor: float,
+        ways: Sequence[float] = (),
+    ) -> None:
         if self.step_size is None:
             return
         if starts:
@@ -255,18 +264,17 @@ class CrossBatchPolicy(PaperPolicy):
         self.mean_square, z = self._normalised(ratio, self.mean_square)
         gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
         self._set_level(self.step_size * math.exp(-gain * (z - self._aim)))
-        for i, (start, end) in enumerate(zip(self.starts, ends, strict=True)):
-            ratio = end / abs(start) if start else math.nan
-            if 0 < ratio * ratio < math.inf:
-                self.mean_squares[i], z = self._normalised(ratio, self.mean_squares[i])
+        for i, slope in enumerate(ways[:known]):
+            if 0 < slope * slope < math.inf:
+                self.mean_squares[i], z = self._normalised(slope, self.mean_squares[i])
                 self.log_rates[i] -= gain * z
         self._balance(sizes)
         self.observations += 1
 
-    def _normalised(self, ratio: float, mean_square: float) -> tuple[float, float]:
-        """The average of squared ratios with `ratio` in it, and `ratio` over its root, clipped."""
-        mean_square = self._DECAY * mean_square + (1 - self._DECAY) * ratio * ratio
-        z = ratio / self._rms(mean_square, self.observations + 1)
+    def _normalised(self, slope: float, mean_square: float) -> tuple[float, float]:
+        """The average of squares with `slope`'s in it, and `slope` over its root, clipped."""
+        mean_square = self._DECAY * mean_square + (1 - self._DECAY) * slope * slope
+        z = slope / self._rms(mean_square, self.observations + 1)
         return mean_square, min(max(z, -self._MAX_Z), self._MAX_Z)
 
     def _rms(self, mean_square: float, count: int) -> float:

@@ -20,7 +20,7 @@ from .quadratic import Fit, Verdict, fit_losses
 from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
-_GROUP_KEY, _SNAPSHOT_KEY = "lqa", "lqa_snapshot"
+_GROUP_KEY, _SNAPSHOT_KEY, _BEGINNING_KEY = "lqa", "lqa_snapshot", "lqa_beginning"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class _Move:
         places: which of the optimizer's parameters it moved and are observed.
         starts: slopes of each at its start, on its own batch, or nothing; read from the device together with `ends`.
         ends: slopes of each at its end, on the next batch; `None` until measured.
+        ways: with them, slopes along all the way from the beginning, of the parameters that were observed there; none
+            with `starts`.
     """
 
     step_size: float = 0.0
@@ -59,6 +61,7 @@ class _Move:
     places: list[int] = field(default_factory=list)
     starts: Tensor | list[float] = field(default_factory=list)
     ends: list[float] | None = None
+    ways: list[float] = field(default_factory=list)
 
     @property
     def awaits_ends(self) -> bool:
@@ -126,8 +129,11 @@ class LQA(torch.optim.Optimizer):
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
+        # Weights before the last step, and before the first; which of the optimizer's parameters these are.
         self._snapshot: Snapshot | None = None
-        self._places: list[int] = []  # of the snapshot's parameters
+        self._places: list[int] = []
+        self._beginning: Snapshot | None = None
+        self._beginning_places: list[int] = []
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
         self._move = _Move()
@@ -223,16 +229,21 @@ class LQA(torch.optim.Optimizer):
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
         norm, slopes, move = 0.0, [], self._move
         if self._snapshot is not None and move.awaits_ends:
-            norm, *slopes = self._read(observed_norm, move.starts, self._snapshot.slopes())
+            # Of all the way nothing is asked in the first steps.
+            way = self._beginning if not len(move.starts) else None
+            ways = way.slopes() if way is not None else []
+            norm, *slopes = self._read(observed_norm, move.starts, ways, self._snapshot.slopes())
         elif self._clipping is not None:
             (norm,) = self._read(observed_norm)
-        starts, ends = slopes[: -len(move.places)], slopes[-len(move.places) :]
+        first, last = len(move.starts), len(slopes) - len(move.places)
+        starts, ways, ends = slopes[:first], slopes[first:last], slopes[last:]
         if not all(map(math.isfinite, (norm, *ends))):
             self._skip()
             return
         clip = min(1.0, max_norm / (norm + 1e-6))
         if ends:
             move.starts, move.ends = starts, [end / move.step_size / clip for end in ends]
+            move.ways = [way / clip for way in ways]
         probe = None
         if self.wants_probe:
             if closure is None and self.policy.step_size is None:
@@ -254,7 +265,8 @@ class LQA(torch.optim.Optimizer):
             sizes = [p.numel() for group in self.param_groups for p in group["params"]]
             starts = _spread(move.starts, move.places, len(sizes), 0.0)
             ends = _spread(move.ends, move.places, len(sizes), math.nan)
-            self.policy.observe_end(starts, ends, sizes, move.factor)
+            ways = _spread(move.ways, self._beginning_places, len(sizes), 0.0)
+            self.policy.observe_end(starts, ends, sizes, move.factor, ways)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
@@ -310,6 +322,9 @@ class LQA(torch.optim.Optimizer):
             place = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
             self._snapshot, self._places = Snapshot(params), [place[p] for p in params]
         self._snapshot.take()
+        if self._beginning is None:
+            self._beginning, self._beginning_places = Snapshot(params), self._places
+            self._beginning.take()
         return self._snapshot
 
     def _advance(self, multiplier: float, clip: float) -> None:
@@ -356,8 +371,8 @@ class LQA(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
 
-        There it survives every checkpoint format that keeps optimizers, FSDP's included. The weights from before a
-        step whose end slope is still to be measured travel with the state of the parameters.
+        There it survives every checkpoint format that keeps optimizers, FSDP's included. The weights that training began
+        with, and those from before a step whose end slope is still to be measured, travel with the parameters' state.
         """
         state_dict = self.base.state_dict()
         own = {
@@ -366,21 +381,25 @@ class LQA(torch.optim.Optimizer):
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
             "move": {**vars(self._move), "starts": torch.as_tensor(self._move.starts).tolist()},
+            "beginning": self._beginning_places,
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
         # One string: checkpoints of sharded optimizers take dicts apart and load only keys that a fresh optimizer has.
         groups[0][_GROUP_KEY] = json.dumps(own)
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        snapshot: dict[int, Tensor] = {}
+        kept: dict[str, dict[int, Tensor]] = {_SNAPSHOT_KEY: {}, _BEGINNING_KEY: {}}
         if self._snapshot is not None and self._move.awaits_ends:
-            snapshot = dict(zip(self._move.places, self._snapshot.values, strict=True))
+            kept[_SNAPSHOT_KEY] = dict(zip(self._move.places, self._snapshot.values, strict=True))
+        if self._beginning is not None:
+            kept[_BEGINNING_KEY] = dict(zip(self._beginning_places, self._beginning.values, strict=True))
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if i not in snapshot and is_sharded(p) and p.requires_grad:
-                # For the same reason sharded parameters have a snapshot always.
-                snapshot[i] = torch.zeros_like(p, requires_grad=False)
-        for i, values in snapshot.items():
-            state.setdefault(i, {})[_SNAPSHOT_KEY] = values
+            for key, values in kept.items():
+                if i in values:
+                    state.setdefault(i, {})[key] = values[i]
+                elif is_sharded(p) and p.requires_grad:
+                    # For the same reason sharded parameters have both always.
+                    state.setdefault(i, {})[key] = torch.zeros_like(p, requires_grad=False)
         return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -402,12 +421,18 @@ class LQA(torch.optim.Optimizer):
         self.counts.update(own["counts"])
         self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
+        self._move, self._beginning_places = _Move(**own["move"]), own["beginning"]
+        self._places = self._move.places
+        self._snapshot = self._take_values(_SNAPSHOT_KEY, self._places if self._move.awaits_ends else [])
+        self._beginning = self._take_values(_BEGINNING_KEY, self._beginning_places)
+
+    def _take_values(self, key: str, places: list[int]) -> Snapshot | None:
+        """What the state holds under `key` of the parameters at `places`; none if there are none."""
         # Cast and placed by the base's load_state_dict like its own state.
-        values = {p: s.pop(_SNAPSHOT_KEY) for p, s in self.state.items() if _SNAPSHOT_KEY in s}
-        self._move = _Move(**own["move"])
-        params, self._places = [p for group in self.param_groups for p in group["params"]], self._move.places
-        moved = [params[place] for place in self._places]
-        self._snapshot = Snapshot(moved, [values[p] for p in moved]) if self._move.awaits_ends else None
+        values = {p: s.pop(key) for p, s in self.state.items() if key in s}
+        params = [p for group in self.param_groups for p in group["params"]]
+        kept = [params[place] for place in places]
+        return Snapshot(kept, [values[p] for p in kept]) if kept else None
 
 
 def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 A policy sees floats only. Before a probe it says how far to probe (`radius`); after it, `observe_probe` takes the fit;
 at the next training step, `observe_end` takes the slopes at both ends of a step: at its start on the step's own batch,
-at its end on the next one.
+at its end on the next one, and along the whole way from the weights that training began with.
 `step_size` is what the next step should use, before schedule and ramp; `None` until something was measured.
 """
 
@@ -111,7 +111,14 @@ class PaperPolicy:
         elif self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
             self.step_size = radius
 
-    def observe_end(self, starts: Sequence[float], ends: Sequence[float], sizes: Sequence[int], factor: float) -> None:
+    def observe_end(
+        self,
+        starts: Sequence[float],
+        ends: Sequence[float],
+        sizes: Sequence[int],
+        factor: float,
+        ways: Sequence[float] = (),
+    ) -> None:
         """Take the slopes at both ends of a step, ``<gradient, move> / step_size`` of each parameter.
 
         To be called before the next step: a move's relative rates are taken to be what they are now.
@@ -122,6 +129,9 @@ class PaperPolicy:
             ends: at its end, on the next batch; NaN where it is not known.
             sizes: number of elements of each parameter.
             factor: what multiplied the level in that step: schedule and ramp.
+            ways: on the next batch, too, ``<gradient, theta - theta_0>`` of each parameter, the loss per length of all
+                the way it has come; negative where the loss falls further that way, 0 where it is not known. Empty
+                where `wants_start_slope`.
         """
 
     def plan(self, total_steps: int, final_factor: float = 0.0) -> None:

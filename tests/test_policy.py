@@ -202,16 +202,25 @@ def test_a_parameter_whose_slope_lasts_moves_further_and_all_together_as_far():
     assert with_rates([0.9, -0.3, 0.0, 0.9]).relative_rates(4) == pytest.approx([2**0.5, 0.25, 0.25, 2**0.5])
 
 
-def test_relative_rates_follow_the_end_slopes():
+def test_relative_rates_follow_the_slopes_along_all_the_way():
     policy, moving = with_rates([0.2, 0.2, 0.2]), [[], []]
     for step in range(40):
         rates = policy.relative_rates(3)
-        ends = [-0.1, 0.1, 0.1 * (-1) ** step]
-        policy.observe_end([], [rate * end for rate, end in zip(rates, ends, strict=True)], [1, 1, 1], 1.0)
+        # Single moves say the opposite.
+        policy.observe_end([], [0.1, -0.1, 0.1], [1, 1, 1], 1.0, [-5.0, 5.0, 5.0 * (-1) ** step])
         for path, rate in zip(moving, rates[:2], strict=True):
             path.append(rate)
     assert moving == [sorted(moving[0]), sorted(moving[1], reverse=True)]
     assert moving[0][-1] == pytest.approx(3**0.5, rel=0.2) and moving[1][-1] == 0.25, "bounded"
+
+
+@pytest.mark.parametrize("ways", [[], [0.0, 0.0], [math.nan, math.inf]])
+def test_relative_rates_stay_where_nothing_is_known_of_the_way(ways):
+    policy = with_rates([0.64, 0.04])
+    before = policy.relative_rates(2)
+    for _ in range(20):
+        policy.observe_end([], [0.1, -0.1], [1, 1], 1.0, ways)
+    assert policy.relative_rates(2) == before
 
 
 def test_relative_rates_do_not_change_what_the_level_sees():
