@@ -229,10 +229,10 @@ class LQA(torch.optim.Optimizer):
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
         norm, slopes, move = 0.0, [], self._move
         if self._snapshot is not None and move.awaits_ends:
-            # Of all the way nothing is asked in the first steps.
-            way = self._beginning if not len(move.starts) else None
-            ways = way.slopes() if way is not None else []
-            norm, *slopes = self._read(observed_norm, move.starts, ways, self._snapshot.slopes())
+            along: Tensor | list[float] = []
+            if self._beginning is not None and not len(move.starts):  # in the first steps it is not asked for
+                along = self._beginning.slopes()
+            norm, *slopes = self._read(observed_norm, move.starts, along, self._snapshot.slopes())
         elif self._clipping is not None:
             (norm,) = self._read(observed_norm)
         first, last = len(move.starts), len(slopes) - len(move.places)
@@ -371,8 +371,9 @@ class LQA(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
 
-        There it survives every checkpoint format that keeps optimizers, FSDP's included. The weights that training began
-        with, and those from before a step whose end slope is still to be measured, travel with the parameters' state.
+        There it survives every checkpoint format that keeps optimizers, FSDP's included. The weights that training
+        began with, and those from before a step whose end slope is still to be measured, travel with the state of the
+        parameters.
         """
         state_dict = self.base.state_dict()
         own = {

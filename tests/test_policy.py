@@ -322,13 +322,17 @@ def test_the_unit_of_the_loss_does_not_matter(scale):
 
 
 def test_slopes_are_those_of_the_loss_parameter_by_parameter(monkeypatch):
-    """Along the move that was made: at its start on its own batch, at its end on the next; clipping divided out."""
+    """Along the move that was made: at its start on its own batch, at its end on the next; clipping divided out.
+
+    After the first steps not at its start, but along all the way.
+    """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(4, dtype=torch.double)), torch.nn.Parameter(torch.randn(3, 2).double())]
     optimizer, seen = LQA(torch.optim.AdamW(params, lr=1.0), warmup=0), []
-    moved, starts, step_size = None, [], 1.0
+    moved, starts, step_size, beginning = None, [], 1.0, [p.detach().clone() for p in params]
+    monkeypatch.setattr(optimizer.policy, "wants_start_slope", lambda step: step < 2)
     monkeypatch.setattr(optimizer.policy, "observe_end", lambda *slopes: seen.append(slopes))
-    for step in range(4):
+    for step in range(5):
         scale = 1.0 + step
 
         def loss(scale=scale):
@@ -343,11 +347,17 @@ def test_slopes_are_those_of_the_loss_parameter_by_parameter(monkeypatch):
         before = [p.detach().clone() for p in params]
         optimizer.step(loss)
         if ends is not None:
-            found_starts, found_ends, sizes, factor = seen[-1]
-            assert found_starts == pytest.approx(starts) and sizes == [4, 6] and factor == 1
+            found_starts, found_ends, sizes, factor, ways = seen[-1]
+            assert sizes == [4, 6] and factor == 1
+            if step <= 2:
+                assert found_starts == pytest.approx(starts) and ways == []
+            else:
+                way = [(b - first).flatten() for b, first in zip(before, beginning, strict=True)]
+                along = [float(g.flatten() @ w) for g, w in zip(gradients, way, strict=True)]
+                assert ways == pytest.approx(along) and found_starts == []
             assert found_ends == pytest.approx([end / step_size for end in ends])
             assert optimizer.last_end_slope == pytest.approx(sum(ends) / step_size)
         moved = [p.detach() - b for p, b in zip(params, before, strict=True)]
         step_size = optimizer.step_size
         starts = [float((g * m).sum()) / step_size for g, m in zip(gradients, moved, strict=True)]
-    assert len(seen) == 3
+    assert len(seen) == 4
