@@ -198,7 +198,8 @@ class CrossBatchPolicy(PaperPolicy):
 
     def cadence(self) -> str:
         first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
-        return f"probes at step 1, at {first} until a parabola opens downwards, and every {self.probe_interval}"
+        until = "until a parabola opens downwards or a step overshoots"
+        return f"probes at step 1, at {first} {until}, and every {self.probe_interval}"
 
     def wants_probe(self, step: int) -> bool:
         # One that opened downwards, or a step that overshot, has the last word.
