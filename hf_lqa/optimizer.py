@@ -173,6 +173,11 @@ class LQA(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
 
     @property
+    def _params(self) -> list[Tensor]:
+        """Of all param groups, in their order: what places count."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
     def last_fit(self) -> Fit | None:
         return self.last_probe.fit if self.last_probe is not None else None
 
@@ -184,7 +189,7 @@ class LQA(torch.optim.Optimizer):
     @property
     def relative_rates(self) -> list[float]:
         """What multiplies the step size of each parameter, in the param groups' order; nothing until it is measured."""
-        return self.policy.relative_rates(sum(len(group["params"]) for group in self.param_groups))
+        return self.policy.relative_rates(len(self._params))
 
     @property
     def wants_probe(self) -> bool:
@@ -219,7 +224,7 @@ class LQA(torch.optim.Optimizer):
         closure = closure if closure is not None else self._armed
         lr = [float(group["lr"]) for group in self.param_groups]
         multiplier = max(lr)
-        if multiplier <= 0 or all(p.grad is None for group in self.param_groups for p in group["params"]):
+        if multiplier <= 0 or all(p.grad is None for p in self._params):
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
             self.base.step()
             self.step_size = 0.0
@@ -262,7 +267,7 @@ class LQA(torch.optim.Optimizer):
         if move.ends is not None:
             assert isinstance(move.starts, list)
             self.last_end_slope, self._move = sum(move.ends), _Move()
-            sizes = [p.numel() for group in self.param_groups for p in group["params"]]
+            sizes = [p.numel() for p in self._params]
             starts = _spread(move.starts, move.places, len(sizes), 0.0)
             ends = _spread(move.ends, move.places, len(sizes), math.nan)
             ways = _spread(move.ways, self._beginning_places, len(sizes), 0.0)
@@ -319,7 +324,7 @@ class LQA(torch.optim.Optimizer):
         moved = with_gradient(self.base)
         params = [moved[i] for i in observed(moved)]
         if self._snapshot is None or not _same(self._snapshot.params, params):
-            place = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            place = {p: i for i, p in enumerate(self._params)}
             self._snapshot, self._places = Snapshot(params), [place[p] for p in params]
         self._snapshot.take()
         if self._beginning is None:
@@ -356,8 +361,7 @@ class LQA(torch.optim.Optimizer):
     def _read(self, *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
         # Floats go where the weights are: collectives of NCCL know no other place.
-        weights = (p for group in self.param_groups for p in group["params"])
-        device = next(v.device for v in (*values, *weights) if isinstance(v, Tensor))
+        device = next(v.device for v in (*values, *self._params) if isinstance(v, Tensor))
         dtype = torch.float32 if device.type == "mps" else torch.float64
         flat = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values]
         return self.reduce(torch.cat(flat)).tolist()
@@ -366,7 +370,7 @@ class LQA(torch.optim.Optimizer):
         known: float | None = getattr(closure, "relative_noise", None)
         if known is not None:
             return known
-        return max(torch.finfo(p.dtype).eps for group in self.param_groups for p in group["params"])
+        return max(torch.finfo(p.dtype).eps for p in self._params)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
@@ -394,7 +398,7 @@ class LQA(torch.optim.Optimizer):
             kept[_SNAPSHOT_KEY] = dict(zip(self._move.places, self._snapshot.values, strict=True))
         if self._beginning is not None:
             kept[_BEGINNING_KEY] = dict(zip(self._beginning_places, self._beginning.values, strict=True))
-        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+        for i, p in enumerate(self._params):
             for key, values in kept.items():
                 if i in values:
                     state.setdefault(i, {})[key] = values[i]
@@ -431,7 +435,7 @@ class LQA(torch.optim.Optimizer):
         """What the state holds under `key` of the parameters at `places`; none if there are none."""
         # Cast and placed by the base's load_state_dict like its own state.
         values = {p: s.pop(key) for p, s in self.state.items() if key in s}
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params
         kept = [params[place] for place in places]
         return Snapshot(kept, [values[p] for p in kept]) if kept else None
 
