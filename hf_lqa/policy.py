@@ -129,8 +129,9 @@ class PaperPolicy:
             ends: at its end, on the next batch; NaN where it is not known.
             sizes: number of elements of each parameter.
             factor: what multiplied the level in that step: schedule and ramp.
-            ways: on the next batch, too, ``<gradient, theta - theta_0>`` of each parameter, the loss per length of all
-                the way it has come; negative where the loss falls further that way, 0 where it is not known. Empty
+            ways: on the next batch, too, ``<gradient, theta - theta_0>`` of each parameter, in units of the loss: its
+                derivative by the logarithm of how far the parameter has come from ``theta_0``, the weights that
+                training began with. Negative where the loss falls further that way, 0 where it is not known. Empty
                 where `wants_start_slope`.
         """
 
