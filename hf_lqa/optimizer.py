@@ -129,11 +129,9 @@ class LQA(torch.optim.Optimizer):
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
-        # Weights before the last step, and before the first; which of the optimizer's parameters these are.
+        # Weights before the last step, and before the first.
         self._snapshot: Snapshot | None = None
-        self._places: list[int] = []
         self._beginning: Snapshot | None = None
-        self._beginning_places: list[int] = []
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
         self._move = _Move()
@@ -270,7 +268,7 @@ class LQA(torch.optim.Optimizer):
             sizes = [p.numel() for p in self._params]
             starts = _spread(move.starts, move.places, len(sizes), 0.0)
             ends = _spread(move.ends, move.places, len(sizes), math.nan)
-            ways = _spread(move.ways, self._beginning_places, len(sizes), 0.0)
+            ways = _spread(move.ways, self._beginning.places, len(sizes), 0.0) if self._beginning is not None else []
             self.policy.observe_end(starts, ends, sizes, move.factor, ways)
         if probe is not None:
             self.last_probe = probe
@@ -325,10 +323,10 @@ class LQA(torch.optim.Optimizer):
         params = [moved[i] for i in observed(moved)]
         if self._snapshot is None or not _same(self._snapshot.params, params):
             place = {p: i for i, p in enumerate(self._params)}
-            self._snapshot, self._places = Snapshot(params), [place[p] for p in params]
+            self._snapshot = Snapshot(self._params, [place[p] for p in params])
         self._snapshot.take()
         if self._beginning is None:
-            self._beginning, self._beginning_places = Snapshot(params), self._places
+            self._beginning = Snapshot(self._params, self._snapshot.places)
             self._beginning.take()
         return self._snapshot
 
@@ -345,7 +343,7 @@ class LQA(torch.optim.Optimizer):
             starts: Tensor | list[float] = []
             if self.policy.wants_start_slope(step):
                 starts = snapshot.slopes() / (step_size * clip)
-            self._move = _Move(step_size, factor * multiplier, self._places, starts)
+            self._move = _Move(step_size, factor * multiplier, snapshot.places, starts)
         self.step_size = scale * multiplier
         self.counts["steps"] = step + 1
 
@@ -386,7 +384,7 @@ class LQA(torch.optim.Optimizer):
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
             "move": {**vars(self._move), "starts": torch.as_tensor(self._move.starts).tolist()},
-            "beginning": self._beginning_places,
+            "beginning": self._beginning.places if self._beginning is not None else [],
             "probe": None if self.last_probe is None else _to_plain(self.last_probe),
         }
         groups = [dict(group) for group in state_dict["param_groups"]]
@@ -395,9 +393,9 @@ class LQA(torch.optim.Optimizer):
         state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
         kept: dict[str, dict[int, Tensor]] = {_SNAPSHOT_KEY: {}, _BEGINNING_KEY: {}}
         if self._snapshot is not None and self._move.awaits_ends:
-            kept[_SNAPSHOT_KEY] = dict(zip(self._move.places, self._snapshot.values, strict=True))
+            kept[_SNAPSHOT_KEY] = dict(zip(self._snapshot.places, self._snapshot.values, strict=True))
         if self._beginning is not None:
-            kept[_BEGINNING_KEY] = dict(zip(self._beginning_places, self._beginning.values, strict=True))
+            kept[_BEGINNING_KEY] = dict(zip(self._beginning.places, self._beginning.values, strict=True))
         for i, p in enumerate(self._params):
             for key, values in kept.items():
                 if i in values:
@@ -426,18 +424,16 @@ class LQA(torch.optim.Optimizer):
         self.counts.update(own["counts"])
         self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
         self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
-        self._move, self._beginning_places = _Move(**own["move"]), own["beginning"]
-        self._places = self._move.places
-        self._snapshot = self._take_values(_SNAPSHOT_KEY, self._places if self._move.awaits_ends else [])
-        self._beginning = self._take_values(_BEGINNING_KEY, self._beginning_places)
+        self._move = _Move(**own["move"])
+        self._snapshot = self._take_values(_SNAPSHOT_KEY, self._move.places if self._move.awaits_ends else [])
+        self._beginning = self._take_values(_BEGINNING_KEY, own["beginning"])
 
     def _take_values(self, key: str, places: list[int]) -> Snapshot | None:
         """What the state holds under `key` of the parameters at `places`; none if there are none."""
         # Cast and placed by the base's load_state_dict like its own state.
         values = {p: s.pop(key) for p, s in self.state.items() if key in s}
         params = self._params
-        kept = [params[place] for place in places]
-        return Snapshot(kept, [values[p] for p in kept]) if kept else None
+        return Snapshot(params, places, [values[params[i]] for i in places]) if places else None
 
 
 def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:

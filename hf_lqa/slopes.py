@@ -203,19 +203,20 @@ class Snapshot:
     """The weights that a step started from, or a sample of them (`is_sampled`), kept for the next batch's gradient.
 
     Args:
-        params: parameters that have a gradient.
+        params: an optimizer's parameters.
+        places: of those among them that are observed; each has a gradient.
         values: what is kept of their values when the step started, from a checkpoint; memory for it if not given.
     """
 
     @torch.no_grad()
-    def __init__(self, params: list[Tensor], values: list[Tensor] | None = None):
-        self.params = params
+    def __init__(self, params: list[Tensor], places: list[int], values: list[Tensor] | None = None):
+        self.params, self.places = [params[i] for i in places], places
         if values is None:
-            self._sampled = [is_sampled(p) for p in params]
-            values = [torch.empty_like(rows, requires_grad=False) for rows in self._observed(params)]
+            self._sampled = [is_sampled(p) for p in self.params]
+            values = [torch.empty_like(rows, requires_grad=False) for rows in self._observed(self.params)]
         else:
             # On another kind of device they may have been cut where here they would not be.
-            self._sampled = [v.shape != p.shape for v, p in zip(values, params, strict=True)]
+            self._sampled = [v.shape != p.shape for v, p in zip(values, self.params, strict=True)]
         self.values = values
 
     def _observed(self, tensors: list[Tensor]) -> list[Tensor]:

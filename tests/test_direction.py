@@ -87,7 +87,7 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
         as_on_an_accelerator(monkeypatch)
     layer, head, bias = (nn.Parameter(torch.zeros(*shape)) for shape in [(64, 512), (6, 4096), (2**15,)])
     words = nn.Embedding(100, 200, sparse=True)
-    snapshot = Snapshot([layer, head, bias, words.weight])
+    snapshot = Snapshot([layer, head, bias, words.weight], [0, 1, 2, 3])
     assert [v.shape for v in snapshot.values] == [(8, 512), (6, 4096), (2**15,), (13, 200)]
     snapshot.take()
     rows = torch.tensor([0, 8, 9, 8, 96])
@@ -155,7 +155,7 @@ def test_a_base_that_fails_in_a_piece_is_put_back(monkeypatch):
 
 def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
     weights = [nn.Parameter(torch.full((200_000,), 3.0))]
-    snapshot = Snapshot(weights)
+    snapshot = Snapshot(weights, list(range(len(weights))))
     snapshot.take()
     with torch.no_grad():
         weights[0].sub_(1e-5)
@@ -191,10 +191,10 @@ def test_foreach_operations_find_the_same_products(monkeypatch):
 
 def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch):
     params = [nn.Parameter(torch.zeros(64, 512)), nn.Parameter(torch.zeros(5))]
-    saved = Snapshot(params).values
+    saved = Snapshot(params, [0, 1]).values
     monkeypatch.setattr(slopes, "_LARGE", 2**20)
-    assert [v.shape for v in Snapshot(params).values] == [(64, 512), (5,)]
-    snapshot = Snapshot(params, saved)
+    assert [v.shape for v in Snapshot(params, [0, 1]).values] == [(64, 512), (5,)]
+    snapshot = Snapshot(params, [0, 1], saved)
     snapshot.take()
     for p in params:
         p.grad = torch.ones_like(p)
