@@ -502,6 +502,8 @@ def filled(task: str, options: argparse.Namespace, **changes: Any) -> argparse.N
 
 
 SEEDS = [0, 1, 2]
+#: On which the rule was not chosen.
+FRESH_SEEDS = [3, 4, 5, 6, 7, 8, 9]
 HALF_DECADES = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1"]
 #: Methods that are given no rate, or their authors' own.
 NO_RATE = ["prodigy", "dadapt_adam", "schedule_free_adamw@2.5e-3+warmup", "ldog", "dog", "momo_adam"]
@@ -572,7 +574,15 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
             DEFAULTS["text"],
         )
     ],
-    "insensitivity": [(["trec6", "vader_tweets"], [f"lqa+{change}" for change in CHANGES], SEEDS, {})],
+    "insensitivity": [(["trec6", "vader_tweets", *paper.TASKS], [f"lqa+{change}" for change in CHANGES], SEEDS, {})],
+    # AdamW at the rates that are best and next to best on the other seeds.
+    "seeds": [
+        (TEXTS, ["lqa", *adamw("1e-4", "3e-4")], FRESH_SEEDS, {}),
+        (paper.TASKS[:2], ["lqa", *adamw("1e-1", "3e-1")], FRESH_SEEDS, {}),
+        (["mlp_mnist"], ["lqa", *adamw("1e-2", "3e-2")], FRESH_SEEDS, {}),
+        (["lenet_cifar"], ["lqa", *adamw("3e-3", "1e-2")], FRESH_SEEDS, {}),
+        (["smollm2_lora"], ["lqa", *adamw("3e-3", "3e-3")], FRESH_SEEDS, {}),
+    ],
     # What a GPU is for: three epochs, and language models with batches of a usual size.
     "epochs": [
         (
