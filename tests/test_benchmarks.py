@@ -158,12 +158,15 @@ def test_report(tmp_path):
     rows += [made_up("trec6", "prodigy", 0, 0.3), made_up("trec6", "salsa", 0, math.nan, metric=0.1)]
     rows += [made_up("trec6", "lqa+tau=0.1", 0, 0.3), made_up("trec6", "lqa_paper", 0, 1.9)]
     rows += [made_up("trec6", method, 0, 0.4, max_steps=9) for method in ("lqa", "adamw@3e-4+warmup")]
+    rows += [made_up("trec6", "lqa", seed, loss) for seed, loss in ((3, 0.2), (4, 0.28))]
+    rows += [made_up("trec6", "adamw@3e-4+warmup", seed, 0.25) for seed in (3, 4)]
     rows += [made_up("linear", method, 0, 0.4) for method in ("lqa_paper+constant", "sgd@1e-2+constant", "bb")]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.main([str(results)])
     text = (tmp_path / "REPORT.md").read_text()
-    assert "| trec6 | 0.2050 ± 0.0050 | 0.2500 ± 0.0000 | 3e-04 | 0.820 |" in text
+    assert "| trec6 | 0.2050 ± 0.0050 | 0.2500 ± 0.0000 | 3e-04 | 0.820 | 0.9000 | 0.9000 | 2 of 2 |" in text
+    assert "| trec6 | 0.2400 ± 0.0400 | 0.2500 ± 0.0000 | 3e-04 | 0.960 | 0.9000 | 0.9000 | 1 of 2 |" in text
     assert "| `lqa` | 1.00 | 0.800 | 1 |" in text and "| `prodigy` | 2.00 | 1.200 | 2 |" in text
     assert "- `salsa`: trec6 (seed 0)" in text and "| `salsa` | diverged |" in text
     assert "| trec6 | `tau=0.1` | 0.3000 | 1.500 |" in text
