@@ -166,7 +166,8 @@ def test_report(tmp_path):
     report.main([str(results)])
     text = (tmp_path / "REPORT.md").read_text()
     assert "| trec6 | 0.2050 ± 0.0050 | 0.2500 ± 0.0000 | 3e-04 | 0.820 | 0.9000 | 0.9000 | 2 of 2 |" in text
-    assert "| trec6 | 0.2400 ± 0.0400 | 0.2500 ± 0.0000 | 3e-04 | 0.960 | 0.9000 | 0.9000 | 1 of 2 |" in text
+    title = "trec6: 3 steps, batch 4, 8 tokens, linear schedule, paper"
+    assert f"| {title} | 0.2400 ± 0.0400 | 0.2500 ± 0.0000 | 3e-04 | 0.960 | 0.9000 | 0.9000 | 1 of 2 |" in text
     assert "| `lqa` | 1.00 | 0.800 | 1 |" in text and "| `prodigy` | 2.00 | 1.200 | 2 |" in text
     assert "- `salsa`: trec6 (seed 0)" in text and "| `salsa` | diverged |" in text
     assert "| trec6 | `tau=0.1` | 0.3000 | 1.500 |" in text
