@@ -137,7 +137,7 @@ class FirstStepsPolicy(PaperPolicy):
             self._set_level(self._SETTLED * radius)
             if self.step_size is None:
                 self.step_size = radius
-        elif self.first_observations < self._SETTLING_STEPS:
+        elif self.step_size is not None and self.first_observations < self._SETTLING_STEPS:
             if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
                 self._take_back()
             elif fit.verdict.usable and self.convex is None:
@@ -184,12 +184,12 @@ class FirstStepsPolicy(PaperPolicy):
         ratio = 0.0 if math.isnan(ratio) else ratio
         self.lowest = min(self.lowest, ratio)
         quick = end_ratio(self.quick_starts, self.quick_ends, weights)
-        assert self.step_size is not None
-        level = self.step_size
         settling = count <= self._SETTLING_STEPS
         if settling and quick > self._OVERSHOT:
             self.overshot = True
             self._take_back()
+        assert self.step_size is not None
+        level = self.step_size
         if settling and count > 2 and slope > 0:
             settled = self._SETTLED * self.first_radius * self.first_slope / slope
             level *= (settled * self.growth * math.exp(self.convex_growth) / level) ** self._SETTLING
@@ -210,7 +210,9 @@ class FirstStepsPolicy(PaperPolicy):
         return max(min(target - self.convex_growth, self._PACE), -self._PACE, -self.convex_growth)
 
     def _take_back(self) -> None:
-        """End the growth that parabolas must consent to, from its beginning."""
+        """End the growth that parabolas must consent to, and take it out of the level."""
+        assert self.step_size is not None
+        self._set_level(self.step_size * math.exp(-self.convex_growth))
         self.convex, self.convex_growth = False, 0.0
 
     def _set_level(self, level: float) -> None:
