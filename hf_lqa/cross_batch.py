@@ -40,8 +40,8 @@ class FirstStepsPolicy(PaperPolicy):
 
     on the line through ``q = 1`` at level 0 and the measured one at ``held``, the level that ``r'`` is of: the same
     average of the logarithms. What it moves in all is kept ``>= 1``. A parabola that opens downwards takes this growth
-    back: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for that to
-    be over: until then a slope persists at any level.
+    back at once: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for
+    that to be over: until then a slope persists at any level.
 
     **The ramp** multiplies the step size by ``min(1, (step + 1) / warmup)``. Once one of the 12 steps ends clearly
     beyond the minimum (``r' > 0.15``), it is as long as the first steps from there on, and growth by parabolas is taken
