@@ -28,7 +28,7 @@ SETTING = (
     *("max_steps", "batch_size", "max_length", "schedule"),
     *("max_eval_samples", "max_grad_norm", "group_by_length", "bf16", "accelerator"),
 )
-#: The rule was chosen on the seeds below.
+#: The rule was chosen on seeds of lower numbers.
 FRESH_SEED = 3
 #: Where an old line does not say.
 OLD = {
