@@ -87,7 +87,7 @@ class LQA(torch.optim.Optimizer):
         base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
             state are shared with it.
         policy: ``"cross_batch"`` (averaged, the default) or ``"paper"`` (arXiv 2004.03260 to the letter).
-        options: the policy's arguments, see `hf_lqa.policy` and `hf_lqa.cross_batch`.
+        options: the policy's arguments, see `hf_lqa.policy`, `hf_lqa.first_steps` and `hf_lqa.cross_batch`.
 
     Attributes:
         step_size: the step size last applied, in units of the direction, schedule included; `None` before any.
