@@ -505,7 +505,7 @@ def report(runs: list[Run], folder: Path) -> str:
         "\n".join([HEAD, *(row for table in chosen if (row := against_sweep(table, "lqa")))]),
     ]
     if text := variations(fresh, []):
-        about = "The rule was chosen on seeds 0 to 2, these are others. AdamW at the rates that are best on those."
+        about = "The rule was chosen on seeds 0 to 2, these are others. AdamW at rates that are best there, or nearly."
         parts += ["### On seeds that the rule was not chosen on", about, text.replace(END_OF_SWEEP, "")]
     parts += [
         "## Mean rank",
