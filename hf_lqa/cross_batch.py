@@ -20,9 +20,12 @@ class CrossBatchPolicy(FirstStepsPolicy):
     factor ``f`` (of the level: schedule, ramp and what else shortens it), moves **the level** on a logarithmic scale:
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
-        level *= exp(-eta f z / sqrt(k + 4))
+        level *= exp(-eta f (z / sqrt(k + 4) + trust v / (k + 4)))
         aim    = 0.5 |r_0| - short log2(2 level / first)  r_0: the lowest averaged ratio of the first steps
         short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
+        trust  = 20 max(abs(r_0) - 0.5, 0)
+        v      = clip(vote / rms(vote), -2, 2)
+        vote   = mean over all elements of sign(gradient_{t+1}) sign(theta_{t+1} - theta_0)
 
     Divided by their own recent size the ratios need no scale; moves fade as evidence accumulates, and as the schedule
     shrinks the steps: a short step's slope says little about a long one. The less of the batch's slope is noise, the
@@ -31,6 +34,11 @@ class CrossBatchPolicy(FirstStepsPolicy):
     short of the minimum: noise is paid for in every step. A constant aim short of it would be a drift without end where
     the ratios are all noise, as late in training; so the level is drawn towards half of what the first steps found
     (``first``; the logarithm is kept in [-1, 3]). A run whose end is not known is taken for an endless one.
+
+    Where most of a batch's slope is no noise (``r_0`` below -0.5: large batches, small networks), steep directions are
+    at their minimum at nearly any level, and no slope, a sum over all directions, says what the flat ones want. **The
+    vote** does, in which each element counts alike, however steep it is: below zero where most of them would go further
+    the way they have come from the weights ``theta_0`` that training began with. At the best fixed rate it is about 0.
 
     **Relative rates.** What is left of its slope differs between parameters: in fine-tuning from a hundredth in the
     lowest layers, where a batch's slope is all noise, to nine tenths in a fresh head. So parameter ``i`` moves
@@ -65,6 +73,8 @@ class CrossBatchPolicy(FirstStepsPolicy):
     name: ClassVar[str] = "cross_batch"
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
+    #: Of votes, for each unit of what is no noise above `_BELIEVED`.
+    _VOTE: ClassVar[float] = 20.0
     #: Share of the first steps' level to which one that aims short is drawn, and bounds of its doublings from there.
     _LEAST: ClassVar[float] = 0.5
     _PULL: ClassVar[tuple[float, float]] = (-1.0, 3.0)
@@ -91,6 +101,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
     #: After the first steps.
     observations: int = field(default=0, init=False)
     mean_square: float = field(default=0.0, init=False)
+    mean_square_vote: float = field(default=0.0, init=False)
     #: The level at the end of the first steps.
     settled: float = field(default=0.0, init=False)
     #: Of each parameter: average of its squared `ways`; its relative rate, first as a logarithm, then as it is applied.
@@ -115,6 +126,15 @@ class CrossBatchPolicy(FirstStepsPolicy):
         doublings = math.log2(self.step_size) - math.log2(self.settled) - math.log2(self._LEAST)
         return self._BEYOND * abs(self.lowest) - self._short * min(max(doublings, self._PULL[0]), self._PULL[1])
 
+    @property
+    def _trust(self) -> float:
+        """How much votes count."""
+        return self._VOTE * max(abs(self.lowest) - self._BELIEVED, 0.0)
+
+    @property
+    def wants_vote(self) -> bool:
+        return self._trust > 0
+
     def wants_end_slope(self, step: int) -> bool:
         if super().wants_end_slope(step):
             return True
@@ -137,8 +157,9 @@ class CrossBatchPolicy(FirstStepsPolicy):
         sizes: Sequence[int],
         factor: float,
         ways: Sequence[float] = (),
+        vote: float = 0.0,
     ) -> None:
-        super().observe_end(starts, ends, sizes, factor, ways)
+        super().observe_end(starts, ends, sizes, factor, ways, vote)
         known = len(self.starts)
         if self.step_size is None or starts or len(ends) < known:
             return
@@ -152,8 +173,13 @@ class CrossBatchPolicy(FirstStepsPolicy):
         if not 0 < ratio * ratio < math.inf:
             return
         self.mean_square, z = self._normalised(ratio, self.mean_square)
-        gain = self.eta * min(factor, 1.0) / math.sqrt(self.observations + self._FADING)
-        self._set_level(self.step_size * math.exp(-gain * (z - self._aim)))
+        count = self.observations + self._FADING
+        gain = self.eta * min(factor, 1.0) / math.sqrt(count)
+        move = z - self._aim
+        if vote and math.isfinite(vote):
+            self.mean_square_vote, v = self._normalised(vote, self.mean_square_vote)
+            move += self._trust * v / math.sqrt(count)
+        self._set_level(self.step_size * math.exp(-gain * move))
         for i, slope in enumerate(ways[:known]):
             if 0 < slope * slope < math.inf:
                 self.mean_squares[i], z = self._normalised(slope, self.mean_squares[i])

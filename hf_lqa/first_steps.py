@@ -150,6 +150,7 @@ class FirstStepsPolicy(PaperPolicy):
         sizes: Sequence[int],
         factor: float,
         ways: Sequence[float] = (),
+        vote: float = 0.0,
     ) -> None:
         if self.step_size is None or not starts or len(starts) != len(self.starts or starts):
             return

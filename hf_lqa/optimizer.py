@@ -54,6 +54,7 @@ class _Move:
         ends: slopes of each at its end, on the next batch; `None` until measured.
         ways: with them, slopes along all the way from the beginning, of the parameters that were observed there; none
             with `starts`.
+        vote: with them, see `Snapshot.vote`; 0 where the policy does not ask for it.
     """
 
     step_size: float = 0.0
@@ -62,6 +63,7 @@ class _Move:
     starts: Tensor | list[float] = field(default_factory=list)
     ends: list[float] | None = None
     ways: list[float] = field(default_factory=list)
+    vote: float = 0.0
 
     @property
     def awaits_ends(self) -> bool:
@@ -233,9 +235,11 @@ class LQA(torch.optim.Optimizer):
         norm, slopes, move = 0.0, [], self._move
         if self._snapshot is not None and move.awaits_ends:
             along: Tensor | list[float] = []
+            vote: Tensor | float = 0.0
             if self._beginning is not None and not len(move.starts):  # in the first steps it is not asked for
                 along = self._beginning.slopes()
-            norm, *slopes = self._read(observed_norm, move.starts, along, self._snapshot.slopes())
+                vote = self._beginning.vote() if self.policy.wants_vote else 0.0
+            norm, move.vote, *slopes = self._read(observed_norm, vote, move.starts, along, self._snapshot.slopes())
         elif self._clipping is not None:
             (norm,) = self._read(observed_norm)
         first, last = len(move.starts), len(slopes) - len(move.places)
@@ -269,7 +273,7 @@ class LQA(torch.optim.Optimizer):
             starts = _spread(move.starts, move.places, len(sizes), 0.0)
             ends = _spread(move.ends, move.places, len(sizes), math.nan)
             ways = _spread(move.ways, self._beginning.places, len(sizes), 0.0) if self._beginning is not None else []
-            self.policy.observe_end(starts, ends, sizes, move.factor, ways)
+            self.policy.observe_end(starts, ends, sizes, move.factor, ways, move.vote)
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1

@@ -78,6 +78,11 @@ class PaperPolicy:
         """Whether `observe_end` wants to know the slope at the start of that step, too."""
         return False
 
+    @property
+    def wants_vote(self) -> bool:
+        """Whether `observe_end` wants to know a vote."""
+        return False
+
     def factor(self, step: int) -> float:
         """What multiplies the step size at step `step`, beside the schedule."""
         return 1.0
@@ -118,6 +123,7 @@ class PaperPolicy:
         sizes: Sequence[int],
         factor: float,
         ways: Sequence[float] = (),
+        vote: float = 0.0,
     ) -> None:
         """Take the slopes at both ends of a step, ``<gradient, move> / step_size`` of each parameter.
 
@@ -133,6 +139,8 @@ class PaperPolicy:
                 derivative by the logarithm of how far the parameter has come from ``theta_0``, the weights that
                 training began with. Negative where the loss falls further that way, 0 where it is not known. Empty
                 where `wants_start_slope`.
+            vote: on the next batch, too, the mean of ``sign(gradient) sign(theta - theta_0)`` over all elements, in
+                [-1, 1]; 0 unless `wants_vote`.
         """
 
     def plan(self, total_steps: int, final_factor: float = 0.0) -> None:

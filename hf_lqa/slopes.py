@@ -122,11 +122,8 @@ def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tenso
 
 def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     """One of `_products`, whatever the tensors are."""
-    if a.is_sparse:
-        a = a.coalesce()
-        rows, a = a.indices()[0], a.values()
-        b, minus = b[rows], None if minus is None else minus[rows]
-    pieces: list[tuple[Tensor, ...]] = [(a, b) if minus is None else (a, b, minus)]
+    a, *others = _dense(a, b) if minus is None else _dense(a, b, minus)
+    pieces: list[tuple[Tensor, ...]] = [(a, *others)]
     # Temporaries that fit into a CPU's cache cost next to nothing, fresh memory several times the arithmetic. BLAS
     # needs none for one precision's plain product.
     temporary = minus is not None or a.dtype in _HALF or not a.is_contiguous()
@@ -146,6 +143,15 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
             b = b - rest[0]
         products.append(torch.dot(a.reshape(-1), b.reshape(-1)))
     return products[0] if len(products) == 1 else torch.stack(products).sum()
+
+
+def _dense(a: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Where `a` is sparse, its rows and theirs of the others; else what was given."""
+    if not a.is_sparse:
+        return a, *others
+    a = a.coalesce()
+    rows = a.indices()[0]
+    return a.values(), *(b[rows] for b in others)
 
 
 def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
@@ -236,6 +242,24 @@ class Snapshot:
 
         1-dim, equal on all ranks that hold equal values; 0 for a parameter whose gradient is missing.
         """
-        gradients = self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])
+        gradients = self._gradients()
         weights = self._observed(self.params)
         return _shares(gradients, _products(local(gradients), local(weights), local(self.values)))
+
+    @torch.no_grad()
+    def vote(self) -> Tensor:
+        """The mean over all elements of ``sign(gradient) sign(theta - values)``, in [-1, 1], a 0-dim tensor.
+
+        Negative where the loss falls for most of them if they go on; each counts alike, however steep it is.
+        """
+        gradients = self._gradients()
+        sums = []
+        for tensors in zip(local(gradients), local(self._observed(self.params)), local(self.values), strict=True):
+            gradient, weight, value = _dense(*tensors)
+            # A product of two small half-precision numbers could be 0.
+            signs = torch.sign(gradient).mul_(torch.sign(weight - value))
+            sums.append(signs.sum(dtype=torch.float32).to(self.params[0].device))
+        return _shares(gradients, torch.stack(sums)).sum() / sum(v.numel() for v in self.values)
+
+    def _gradients(self) -> list[Tensor]:
+        return self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])

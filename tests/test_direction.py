@@ -99,6 +99,22 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
     # Rows 0, 8, ... 56 of the layer; words 0, 8, 8 and 96, once each as they occur.
     expected = [512 * sum(range(0, 64, 8)), 4096 * sum(range(6)), 0, 200 * 4]
     assert snapshot.slopes().tolist() == expected
+    # Of 7 of the 8 rows the gradient is not 0, of 5 of 6, and of 3 of 13 words.
+    elements = 8 * 512 + 6 * 4096 + 2**15 + 13 * 200
+    assert float(snapshot.vote()) == pytest.approx((7 * 512 + 5 * 4096 + 3 * 200) / elements)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_a_vote_each_element_counts_alike_however_small(dtype):
+    weights = [nn.Parameter(torch.zeros(4, dtype=dtype)), nn.Parameter(torch.zeros(2, dtype=dtype))]
+    snapshot = Snapshot(weights, [0, 1])
+    snapshot.take()
+    moves, gradients = [1e-7, -1e-7, 1e3, 0], [1e-7, -1e-7, -1e3, 1]
+    weights[0].grad = torch.tensor(gradients, dtype=dtype)
+    with torch.no_grad():
+        weights[0].add_(torch.tensor(moves, dtype=dtype))
+    # Two products above zero, one below, one that did not move, two without a gradient.
+    assert float(snapshot.vote()) == pytest.approx((2 - 1) / 6)
 
 
 class Counts(torch.optim.SGD):

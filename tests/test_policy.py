@@ -311,6 +311,42 @@ def test_steps_are_not_shortened_where_most_of_the_first_slope_was_noise():
     assert policy.factor(50) == 1
 
 
+def voted(votes, ratio):
+    """By what `votes` move the logarithm of the level, one observation after the other."""
+    policy, without = after_first_steps(ratio), after_first_steps(ratio)
+    assert policy.wants_vote is (ratio < -0.5)
+    moves = []
+    for vote in votes:
+        before = policy.step_size / without.step_size
+        for each, cast in ((policy, vote), (without, 0.0)):
+            each.observe_end([], [0.1], [1], 1.0, vote=cast)
+        # What draws the level back knows how far it is, and is small beside.
+        moves.append(math.log(policy.step_size / without.step_size / before))
+    return moves
+
+
+def test_where_slopes_are_no_noise_a_vote_moves_the_level_and_fades_faster_than_slopes():
+    moves = voted([-0.01] * 30, -0.9)
+    trust = 20 * (0.9 - 0.5)
+    assert moves[0] == pytest.approx(0.3 * trust / 4)
+    for k, move in enumerate(moves):
+        assert 0 < move <= 0.3 * trust / (k + 4) + 1e-9, "scale-free: a vote of one in a hundred is one of its own rms"
+    assert moves[29] == pytest.approx(0.3 * trust / 33, abs=0.03)
+    down = voted([0.3], -0.9)
+    assert down[0] == pytest.approx(-moves[0])
+    weaker = voted([-0.01], -0.7)
+    assert weaker[0] == pytest.approx(moves[0] / 2, rel=1e-6)
+
+
+def test_where_most_of_a_slope_is_noise_votes_are_not_asked_for_and_do_not_count():
+    assert voted([-0.01] * 5, -0.4) == [0.0] * 5
+
+
+@pytest.mark.parametrize("vote", [math.nan, math.inf])
+def test_a_vote_that_is_no_number_does_not_count(vote):
+    assert voted([vote], -0.9) == [0.0]
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_the_unit_of_the_loss_does_not_matter(scale):
     policies = started(), started()
@@ -325,13 +361,14 @@ def test_the_unit_of_the_loss_does_not_matter(scale):
 def test_slopes_are_those_of_the_loss_parameter_by_parameter(monkeypatch):
     """Along the move that was made: at its start on its own batch, at its end on the next; clipping divided out.
 
-    After the first steps not at its start, but along all the way.
+    After the first steps not at its start, but along all the way, where elements vote, too.
     """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(4, dtype=torch.double)), torch.nn.Parameter(torch.randn(3, 2).double())]
     optimizer, seen = LQA(torch.optim.AdamW(params, lr=1.0), warmup=0), []
     moved, starts, step_size, beginning = None, [], 1.0, [p.detach().clone() for p in params]
     monkeypatch.setattr(optimizer.policy, "wants_start_slope", lambda step: step < 2)
+    monkeypatch.setattr(type(optimizer.policy), "wants_vote", True)
     monkeypatch.setattr(optimizer.policy, "observe_end", lambda *slopes: seen.append(slopes))
     for step in range(5):
         scale = 1.0 + step
@@ -348,14 +385,16 @@ def test_slopes_are_those_of_the_loss_parameter_by_parameter(monkeypatch):
         before = [p.detach().clone() for p in params]
         optimizer.step(loss)
         if ends is not None:
-            found_starts, found_ends, sizes, factor, ways = seen[-1]
+            found_starts, found_ends, sizes, factor, ways, vote = seen[-1]
             assert sizes == [4, 6] and factor == 1
             if step <= 2:
-                assert found_starts == pytest.approx(starts) and ways == []
+                assert found_starts == pytest.approx(starts) and (ways, vote) == ([], 0)
             else:
                 way = [(b - first).flatten() for b, first in zip(before, beginning, strict=True)]
                 along = [float(g.flatten() @ w) for g, w in zip(gradients, way, strict=True)]
                 assert ways == pytest.approx(along) and found_starts == []
+                signs = [torch.sign(g.flatten() * w) for g, w in zip(gradients, way, strict=True)]
+                assert vote == pytest.approx(float(torch.cat(signs).mean()))
             assert found_ends == pytest.approx([end / step_size for end in ends])
             assert optimizer.last_end_slope == pytest.approx(sum(ends) / step_size)
         moved = [p.detach() - b for p, b in zip(params, before, strict=True)]
