@@ -48,6 +48,19 @@ class Dies(TrainerCallback):
             os._exit(3)
 
 
+class Votes(TrainerCallback):
+    """Keeps what the elements vote, which these models' policies would not ask for."""
+
+    def __init__(self, trainer: LQATrainer):
+        self.trainer, self.cast = trainer, []
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        beginning = self.trainer.lqa._beginning
+        if beginning is not None:
+            self.cast.append(float(beginning.vote()))
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -76,7 +89,7 @@ def run(spec: dict[str, Any]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         options["ddp_backend"] = "gloo"
     trainer = LQATrainer(model, arguments(out / "trainer", **options), train_dataset=data)
-    recorder = Recorder(trainer)
+    recorder, votes = Recorder(trainer), Votes(trainer)
     if "dies" in spec:
         trainer.add_callback(Dies(spec["dies"]))
     trainer.train(resume_from_checkpoint=spec.get("resume"))
@@ -86,6 +99,7 @@ def run(spec: dict[str, Any]) -> None:
         torch.save(state, out / "weights.pt")
     found = {
         "steps": recorder.steps,
+        "votes": votes.cast,
         "type": trainer.accelerator.distributed_type.value,
         "precision": trainer.accelerator.mixed_precision,
         "sharded": any(hasattr(p, "full_tensor") for g in trainer.lqa.param_groups for p in g["params"]),

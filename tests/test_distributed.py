@@ -20,7 +20,7 @@ class Result:
     def __init__(self, out, processes):
         self.ranks = [json.loads((out / f"rank{i}.json").read_text()) for i in range(processes)]
         self.steps, self.type = self.ranks[0]["steps"], self.ranks[0]["type"]
-        self.sharded = self.ranks[0]["sharded"]
+        self.sharded, self.votes = self.ranks[0]["sharded"], self.ranks[0]["votes"]
         self.weights = torch.load(out / "weights.pt")
 
 
@@ -85,6 +85,10 @@ def test_two_processes_with_half_the_batch_measure_what_one_process_does(two, al
 def test_fsdp2_measures_what_ddp_does(kind, two):
     near(two[f"{kind}-whole"].steps[:1], two["ddp-whole"].steps[:1], 1e-5)
     near(two[f"{kind}-whole"].steps, two["ddp-whole"].steps, 1e-3)
+    votes = two[f"{kind}-whole"].votes
+    assert len(votes) == 3 and votes == pytest.approx(two["ddp-whole"].votes, abs=2e-3)
+    assert all(rank["votes"] == votes for rank in two[f"{kind}-whole"].ranks)
+    assert min(map(abs, votes)) > 0.01, "they would be near anyway"
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
