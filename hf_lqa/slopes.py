@@ -122,27 +122,34 @@ def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tenso
 
 def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     """One of `_products`, whatever the tensors are."""
-    a, *others = _dense(a, b) if minus is None else _dense(a, b, minus)
-    pieces: list[tuple[Tensor, ...]] = [(a, *others)]
-    # Temporaries that fit into a CPU's cache cost next to nothing, fresh memory several times the arithmetic. BLAS
-    # needs none for one precision's plain product.
-    temporary = minus is not None or a.dtype in _HALF or not a.is_contiguous()
-    size = ACCELERATOR_PIECE if _on_accelerator(a) else _PIECE
-    if temporary and a.dim() and a.numel() > size:
-        if all(t.is_contiguous() for t in pieces[0]):
-            cut = [torch.split(t.view(-1), size) for t in pieces[0]]
-        else:
-            height = max(1, size * a.shape[0] // a.numel())
-            cut = [torch.split(t, height) for t in pieces[0]]
-        pieces = list(zip(*cut, strict=True))
+    tensors = _dense(a, b) if minus is None else _dense(a, b, minus)
+    # BLAS needs no temporary for one precision's plain product.
+    temporary = minus is not None or a.dtype in _HALF or not tensors[0].is_contiguous()
     products = []
-    for a, b, *rest in pieces:
+    for a, b, *rest in _pieces(tensors) if temporary else [tensors]:
         if a.dtype in _HALF:
             a, b, *rest = (t.float() for t in (a, b, *rest))
         if rest:
             b = b - rest[0]
         products.append(torch.dot(a.reshape(-1), b.reshape(-1)))
     return products[0] if len(products) == 1 else torch.stack(products).sum()
+
+
+def _pieces(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut so that temporaries fit into a CPU's cache.
+
+    There they cost next to nothing, fresh memory several times the arithmetic.
+    """
+    first = tensors[0]
+    size = ACCELERATOR_PIECE if _on_accelerator(first) else _PIECE
+    if not first.dim() or first.numel() <= size:
+        return [tensors]
+    if all(t.is_contiguous() for t in tensors):
+        cut = [torch.split(t.view(-1), size) for t in tensors]
+    else:
+        height = max(1, size * first.shape[0] // first.numel())
+        cut = [torch.split(t, height) for t in tensors]
+    return list(zip(*cut, strict=True))
 
 
 def _dense(a: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -255,10 +262,10 @@ class Snapshot:
         gradients = self._gradients()
         sums = []
         for tensors in zip(local(gradients), local(self._observed(self.params)), local(self.values), strict=True):
-            gradient, weight, value = _dense(*tensors)
-            # A product of two small half-precision numbers could be 0.
-            signs = torch.sign(gradient).mul_(torch.sign(weight - value))
-            sums.append(signs.sum(dtype=torch.float32).to(self.params[0].device))
+            # A product of two small half-precision numbers could be 0; one with a sign cannot.
+            signs = [(w - v).mul_(torch.sign(g)).sign_() for g, w, v in _pieces(_dense(*tensors))]
+            total = torch.stack([s.sum(dtype=torch.float32) for s in signs]).sum()
+            sums.append(total.to(self.params[0].device))
         return _shares(gradients, torch.stack(sums)).sum() / sum(v.numel() for v in self.values)
 
     def _gradients(self) -> list[Tensor]:
