@@ -23,7 +23,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
         level *= exp(-eta f (z / sqrt(k + 4) + trust v / (k + 4)))
         aim    = 0.5 |r_0| - short log2(2 level / first)  r_0: the lowest averaged ratio of the first steps
         short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
-        trust  = 20 max(abs(r_0) - 0.5, 0)
+        trust  = 8 clip((abs(r_0) - 0.7) / 0.1, 0, 1)
         v      = clip(vote / rms(vote), -2, 2)
         vote   = mean over all elements of sign(gradient_{t+1}) sign(theta_{t+1} - theta_0)
 
@@ -35,7 +35,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
     the ratios are all noise, as late in training; so the level is drawn towards half of what the first steps found
     (``first``; the logarithm is kept in [-1, 3]). A run whose end is not known is taken for an endless one.
 
-    Where most of a batch's slope is no noise (``r_0`` below -0.5: large batches, small networks), steep directions are
+    Where nearly all of a batch's slope is no noise (``r_0`` below -0.7: small networks, large batches), steep ones are
     at their minimum at nearly any level, and no slope, a sum over all directions, says what the flat ones want. **The
     vote** does, in which each element counts alike, however steep it is: below zero where most of them would go further
     the way they have come from the weights ``theta_0`` that training began with. At the best fixed rate it is about 0.
@@ -73,8 +73,10 @@ class CrossBatchPolicy(FirstStepsPolicy):
     name: ClassVar[str] = "cross_batch"
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
-    #: Of votes, for each unit of what is no noise above `_BELIEVED`.
-    _VOTE: ClassVar[float] = 20.0
+    #: How much votes count at most, the (negative) ratio below which they do, and how far below it they count in full.
+    _VOTE: ClassVar[float] = 8.0
+    _QUIET: ClassVar[float] = 0.7
+    _RAMP: ClassVar[float] = 0.1
     #: Share of the first steps' level to which one that aims short is drawn, and bounds of its doublings from there.
     _LEAST: ClassVar[float] = 0.5
     _PULL: ClassVar[tuple[float, float]] = (-1.0, 3.0)
@@ -129,7 +131,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
     @property
     def _trust(self) -> float:
         """How much votes count."""
-        return self._VOTE * max(abs(self.lowest) - self._BELIEVED, 0.0)
+        return self._VOTE * min(max((abs(self.lowest) - self._QUIET) / self._RAMP, 0.0), 1.0)
 
     @property
     def wants_vote(self) -> bool:
