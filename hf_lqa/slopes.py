@@ -263,9 +263,9 @@ class Snapshot:
         sums = []
         for tensors in zip(local(gradients), local(self._observed(self.params)), local(self.values), strict=True):
             # A product of two small half-precision numbers could be 0; one with a sign cannot.
-            signs = [(w - v).mul_(torch.sign(g)).sign_() for g, w, v in _pieces(_dense(*tensors))]
-            total = torch.stack([s.sum(dtype=torch.float32) for s in signs]).sum()
-            sums.append(total.to(self.params[0].device))
+            signs = ((w - v).mul_(torch.sign(g)).sign_() for g, w, v in _pieces(_dense(*tensors)))
+            counts = [s.sum(dtype=torch.float32) for s in signs]  # a piece at a time
+            sums.append(torch.stack(counts).sum().to(self.params[0].device))
         return _shares(gradients, torch.stack(sums)).sum() / sum(v.numel() for v in self.values)
 
     def _gradients(self) -> list[Tensor]:
