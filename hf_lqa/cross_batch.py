@@ -20,10 +20,10 @@ class CrossBatchPolicy(FirstStepsPolicy):
     factor ``f`` (of the level: schedule, ramp and what else shortens it), moves **the level** on a logarithmic scale:
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
-        level *= exp(-eta f (z / sqrt(k + 4) + trust v / (k + 4)))
+        level *= exp(-eta f (z / sqrt(k + 4) + trust v / (k + 8)))
         aim    = 0.5 |r_0| - short log2(2 level / first)  r_0: the lowest averaged ratio of the first steps
         short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
-        trust  = 8 clip((abs(r_0) - 0.7) / 0.1, 0, 1)
+        trust  = 10 clip((left - 0.4) / 0.2, 0, 1)        left: lower quartile over all elements of -q_i (below)
         v      = clip(vote / rms(vote), -2, 2)
         vote   = mean over all elements of sign(gradient_{t+1}) sign(theta_{t+1} - theta_0)
 
@@ -35,10 +35,11 @@ class CrossBatchPolicy(FirstStepsPolicy):
     the ratios are all noise, as late in training; so the level is drawn towards half of what the first steps found
     (``first``; the logarithm is kept in [-1, 3]). A run whose end is not known is taken for an endless one.
 
-    Where nearly all of a batch's slope is no noise (``r_0`` below -0.7: small networks, large batches), steep ones are
-    at their minimum at nearly any level, and no slope, a sum over all directions, says what the flat ones want. **The
-    vote** does, in which each element counts alike, however steep it is: below zero where most of them would go further
-    the way they have come from the weights ``theta_0`` that training began with. At the best fixed rate it is about 0.
+    Where most of a batch's slope is no noise, for nearly all elements (small networks trained from scratch), steep
+    directions are at their minimum at nearly any level, and no slope, a sum over all, says what the flat ones want.
+    **The vote** does, in which each element counts alike, however steep it is: below zero where most of them would go
+    further the way they have come from the weights ``theta_0`` that training began with. At the best fixed rate it is
+    about 0. In fine-tuning ``left`` is at most 0.3: whatever the median is, a quarter of the elements is all noise.
 
     **Relative rates.** What is left of its slope differs between parameters: in fine-tuning from a hundredth in the
     lowest layers, where a batch's slope is all noise, to nine tenths in a fresh head. So parameter ``i`` moves
@@ -73,10 +74,12 @@ class CrossBatchPolicy(FirstStepsPolicy):
     name: ClassVar[str] = "cross_batch"
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
-    #: How much votes count at most, the (negative) ratio below which they do, and how far below it they count in full.
-    _VOTE: ClassVar[float] = 8.0
-    _QUIET: ClassVar[float] = 0.7
-    _RAMP: ClassVar[float] = 0.1
+    #: How much votes count at most, how fast that fades; what is left of the slope, but for the noisiest share of all
+    #: elements, above which they count, and from which on in full.
+    _VOTE: ClassVar[float] = 10.0
+    _VOTE_FADING: ClassVar[int] = 8
+    _NOISIEST: ClassVar[float] = 0.25
+    _QUIET: ClassVar[tuple[float, float]] = (0.4, 0.6)
     #: Share of the first steps' level to which one that aims short is drawn, and bounds of its doublings from there.
     _LEAST: ClassVar[float] = 0.5
     _PULL: ClassVar[tuple[float, float]] = (-1.0, 3.0)
@@ -104,8 +107,9 @@ class CrossBatchPolicy(FirstStepsPolicy):
     observations: int = field(default=0, init=False)
     mean_square: float = field(default=0.0, init=False)
     mean_square_vote: float = field(default=0.0, init=False)
-    #: The level at the end of the first steps.
+    #: The level at the end of the first steps, and how much votes count from there on.
     settled: float = field(default=0.0, init=False)
+    trust: float = field(default=0.0, init=False)
     #: Of each parameter: average of its squared `ways`; its relative rate, first as a logarithm, then as it is applied.
     mean_squares: list[float] = field(default_factory=list, init=False)
     log_rates: list[float] = field(default_factory=list, init=False)
@@ -129,13 +133,8 @@ class CrossBatchPolicy(FirstStepsPolicy):
         return self._BEYOND * abs(self.lowest) - self._short * min(max(doublings, self._PULL[0]), self._PULL[1])
 
     @property
-    def _trust(self) -> float:
-        """How much votes count."""
-        return self._VOTE * min(max((abs(self.lowest) - self._QUIET) / self._RAMP, 0.0), 1.0)
-
-    @property
     def wants_vote(self) -> bool:
-        return self._trust > 0
+        return self.trust > 0
 
     def wants_end_slope(self, step: int) -> bool:
         if super().wants_end_slope(step):
@@ -162,6 +161,8 @@ class CrossBatchPolicy(FirstStepsPolicy):
         vote: float = 0.0,
     ) -> None:
         super().observe_end(starts, ends, sizes, factor, ways, vote)
+        if starts:
+            self._set_trust(sizes)
         known = len(self.starts)
         if self.step_size is None or starts or len(ends) < known:
             return
@@ -175,13 +176,13 @@ class CrossBatchPolicy(FirstStepsPolicy):
         if not 0 < ratio * ratio < math.inf:
             return
         self.mean_square, z = self._normalised(ratio, self.mean_square)
-        count = self.observations + self._FADING
-        gain = self.eta * min(factor, 1.0) / math.sqrt(count)
-        move = z - self._aim
+        eta = self.eta * min(factor, 1.0)
+        gain = eta / math.sqrt(self.observations + self._FADING)
+        move = gain * (z - self._aim)
         if vote and math.isfinite(vote):
             self.mean_square_vote, v = self._normalised(vote, self.mean_square_vote)
-            move += self._trust * v / math.sqrt(count)
-        self._set_level(self.step_size * math.exp(-gain * move))
+            move += eta * self.trust * v / (self.observations + self._VOTE_FADING)
+        self._set_level(self.step_size * math.exp(-move))
         for i, slope in enumerate(ways[:known]):
             if 0 < slope * slope < math.inf:
                 self.mean_squares[i], z = self._normalised(slope, self.mean_squares[i])
@@ -200,6 +201,12 @@ class CrossBatchPolicy(FirstStepsPolicy):
 
     def relative_rates(self, count: int) -> list[float]:
         return self.rates + [1.0] * (count - len(self.rates)) if self.rates else []
+
+    def _set_trust(self, sizes: Sequence[int]) -> None:
+        """How much votes count after the first steps. Each element does in a vote, so each does here."""
+        ratio = end_ratio(self.start_sums, self.end_sums, sizes[: len(self.start_sums)], 1 - self._NOISIEST)
+        none, full = self._QUIET
+        self.trust = self._VOTE * min(max((-ratio - none) / (full - none), 0.0), 1.0) if ratio < 0 else 0.0
 
     def _set_relative_rates(self, sizes: Sequence[int]) -> None:
         """The relative rates at the end of the first steps."""

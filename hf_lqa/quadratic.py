@@ -145,7 +145,7 @@ def fit_slopes(slope_start: float, slope_end: float, step_size: float, *, max_st
     return _minimiser(slope_start, (slope_end - slope_start) / step_size, max_step)
 
 
-def end_ratio(starts: Sequence[float], ends: Sequence[float], weights: Sequence[float]) -> float:
+def end_ratio(starts: Sequence[float], ends: Sequence[float], weights: Sequence[float], quantile: float = 0.5) -> float:
     """What is left of the slope at the end of a step, for the typical weight: the median of ``end / |start|``.
 
     For a parabola that falls at the start, ``minimiser / step_size = 1 / (1 + end / |start|)``: -1 means that the slope
@@ -157,18 +157,19 @@ def end_ratio(starts: Sequence[float], ends: Sequence[float], weights: Sequence[
     Args:
         starts, ends: each parameter's share of the slope, loss per unit step; any floats.
         weights: how much it counts, ``>= 0``.
+        quantile: of the ratios that is returned, in (0, 1], instead of the median.
 
     Returns:
-        The median, clipped to [-0.97, 1]; NaN if no parameter has finite slopes with ``start != 0``.
+        The quantile, clipped to [-0.97, 1]; NaN if no parameter has finite slopes with ``start != 0``.
     """
     ratios = sorted(
         (end / abs(start), weight)
         for start, end, weight in zip(starts, ends, weights, strict=True)
         if math.isfinite(start) and math.isfinite(end) and start != 0
     )
-    half, below = sum(weight for _, weight in ratios) / 2, 0.0
+    enough, below = quantile * sum(weight for _, weight in ratios), 0.0
     for ratio, weight in ratios:
         below += weight
-        if below >= half:
+        if below >= enough:
             return min(max(ratio, -0.97), 1.0)
     return math.nan

@@ -72,6 +72,7 @@ def test_what_is_left_of_a_slope_is_that_of_the_typical_weight():
     assert end_ratio([-1.0, -2.0, -1.0], [-0.9, 0.2, 0.8], [10, 30, 10]) == 0.1
     assert end_ratio([-1.0, -2.0, -1.0], [-0.9, 0.2, 0.8], [10, 3, 100]) == 0.8
     # Uphill at the start, it still is the sign of the end that counts.
+    assert end_ratio([-1.0, -2.0, -1.0], [-0.9, 0.2, 0.8], [10, 3, 100], 0.1) == 0.1
     assert end_ratio([2.0], [-1.0], [1]) == -0.5
     assert end_ratio([-1.0, -1.0], [-50.0, -70.0], [1, 1]) == -0.97 and end_ratio([-1.0], [30.0], [1]) == 1
     assert end_ratio([0.0, math.nan, -1.0], [1.0, 1.0, 0.5], [9, 9, 1]) == 0.5
