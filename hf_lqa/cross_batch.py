@@ -20,10 +20,10 @@ class CrossBatchPolicy(FirstStepsPolicy):
     factor ``f`` (of the level: schedule, ramp and what else shortens it), moves **the level** on a logarithmic scale:
 
         z      = clip(r / rms(r), -2, 2) - aim            rms: root of the average of r**2, decay 0.9, bias-corrected
-        level *= exp(-eta f (z / sqrt(k + 4) + trust v / (k + 8)))
+        level *= exp(-eta f (z / sqrt(k + 4) + trust v / (1 + k / 12)))
         aim    = 0.5 |r_0| - short log2(2 level / first)  r_0: the lowest averaged ratio of the first steps
         short  = 0.4 (1 + final_factor) (1 - (1 - final_factor) min(1, 100 / total_steps))
-        trust  = 10 clip((left - 0.4) / 0.2, 0, 1)        left: lower quartile over all elements of -q_i (below)
+        trust  = clip((left - 0.4) / 0.2, 0, 1)           left: lower quartile over all elements of -q_i (below)
         v      = clip(vote / rms(vote), -2, 2)
         vote   = mean over all elements of sign(gradient_{t+1}) sign(theta_{t+1} - theta_0)
 
@@ -74,10 +74,9 @@ class CrossBatchPolicy(FirstStepsPolicy):
     name: ClassVar[str] = "cross_batch"
     _BEYOND: ClassVar[float] = 0.5
     _SHORT: ClassVar[float] = 0.4
-    #: How much votes count at most, how fast that fades; what is left of the slope, but for the noisiest share of all
+    #: Observations in which votes come to count half; what is left of the slope, but for the noisiest share of all
     #: elements, above which they count, and from which on in full.
-    _VOTE: ClassVar[float] = 10.0
-    _VOTE_FADING: ClassVar[int] = 8
+    _VOTE_FADING: ClassVar[int] = 12
     _NOISIEST: ClassVar[float] = 0.25
     _QUIET: ClassVar[tuple[float, float]] = (0.4, 0.6)
     #: Share of the first steps' level to which one that aims short is drawn, and bounds of its doublings from there.
@@ -107,7 +106,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
     observations: int = field(default=0, init=False)
     mean_square: float = field(default=0.0, init=False)
     mean_square_vote: float = field(default=0.0, init=False)
-    #: The level at the end of the first steps, and how much votes count from there on.
+    #: The level at the end of the first steps, and how much votes count from there on, in [0, 1].
     settled: float = field(default=0.0, init=False)
     trust: float = field(default=0.0, init=False)
     #: Of each parameter: average of its squared `ways`; its relative rate, first as a logarithm, then as it is applied.
@@ -181,7 +180,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
         move = gain * (z - self._aim)
         if vote and math.isfinite(vote):
             self.mean_square_vote, v = self._normalised(vote, self.mean_square_vote)
-            move += eta * self.trust * v / (self.observations + self._VOTE_FADING)
+            move += eta * self.trust * v / (1 + self.observations / self._VOTE_FADING)
         self._set_level(self.step_size * math.exp(-move))
         for i, slope in enumerate(ways[:known]):
             if 0 < slope * slope < math.inf:
@@ -206,7 +205,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
         """How much votes count after the first steps. Each element does in a vote, so each does here."""
         ratio = end_ratio(self.start_sums, self.end_sums, sizes[: len(self.start_sums)], 1 - self._NOISIEST)
         none, full = self._QUIET
-        self.trust = self._VOTE * min(max((-ratio - none) / (full - none), 0.0), 1.0) if ratio < 0 else 0.0
+        self.trust = min(max((-ratio - none) / (full - none), 0.0), 1.0) if ratio < 0 else 0.0
 
     def _set_relative_rates(self, sizes: Sequence[int]) -> None:
         """The relative rates at the end of the first steps."""
