@@ -44,8 +44,8 @@ class FirstStepsPolicy(PaperPolicy):
     that to be over: until then a slope persists at any level.
 
     **The ramp** multiplies the step size by ``min(1, (step + 1) / warmup)``. Once one of the 12 steps ends clearly
-    beyond the minimum (``r' > 0.15``), it is as long as the first steps from there on, and growth by parabolas is taken
-    back: what turns a slope so early is that it steepens.
+    beyond the minimum (``r' > 0.15``; the very first: ``r > 0.5``), it is as long as the first steps from there on, and
+    growth by parabolas is taken back: what turns a slope so early is that it steepens.
 
     Probes are rare: at step 0, at 4, 7 and 10 until one opens downwards or a step overshoots, and every
     `probe_interval`. The first gives the first level, the next say whether it may grow; later ones are measurements,
@@ -66,6 +66,8 @@ class FirstStepsPolicy(PaperPolicy):
     _PACE: ClassVar[float] = 0.5
     #: Above this (positive) ratio the first steps overshoot.
     _OVERSHOT: ClassVar[float] = 0.15
+    #: ... if there is only one, of one batch.
+    _OVERSHOT_AT_ONCE: ClassVar[float] = 0.5
     #: Of the averages, and of those of what is left.
     _FIRST_DECAY: ClassVar[float] = 0.8
     _QUICK_DECAY: ClassVar[float] = 0.5
@@ -177,18 +179,19 @@ class FirstStepsPolicy(PaperPolicy):
         """Move the level by the averages, which are those of an exponential decay from zero."""
         count = self.first_observations
         slope = abs(sum(self.starts)) / (1 - self._FIRST_DECAY**count)
+        weights = weights_of(sizes)
+        ratio = end_ratio(self.starts, self.ends, weights)
+        quick = end_ratio(self.quick_starts, self.quick_ends, weights)
+        settling = count <= self._SETTLING_STEPS
+        beyond = quick > self._OVERSHOT if count > 1 else ratio > self._OVERSHOT_AT_ONCE
+        if settling and beyond:
+            self.overshot = True
+            self._take_back()
         if count == 1:
             self.first_slope = slope
             return
-        weights = weights_of(sizes)
-        ratio = end_ratio(self.starts, self.ends, weights)
         ratio = 0.0 if math.isnan(ratio) else ratio
         self.lowest = min(self.lowest, ratio)
-        quick = end_ratio(self.quick_starts, self.quick_ends, weights)
-        settling = count <= self._SETTLING_STEPS
-        if settling and quick > self._OVERSHOT:
-            self.overshot = True
-            self._take_back()
         assert self.step_size is not None
         level = self.step_size
         if settling and count > 2 and slope > 0:

@@ -292,6 +292,16 @@ def test_a_step_beyond_the_minimum_among_the_first_lengthens_the_ramp(total_step
     assert loaded.factor(2) == policy.factor(2)
 
 
+@pytest.mark.parametrize(("end", "factor"), [(0.4, 2 / 3), (0.6, 2 / 12)])
+def test_a_first_step_far_beyond_the_minimum_lengthens_the_ramp_alone(end, factor):
+    policy = started()
+    policy.plan(100)
+    policy.observe_end([-1.0], [end], [1], 1 / 3)
+    assert policy.factor(1) == pytest.approx(factor)
+    assert policy.step_size == started().step_size, "the level stays"
+    assert policy.wants_probe(4) is (end < 0.5)
+
+
 def test_later_steps_beyond_the_minimum_do_not_and_a_longer_warmup_stays():
     policy = started()
     policy.plan(1000)
