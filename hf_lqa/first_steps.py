@@ -32,11 +32,11 @@ class FirstStepsPolicy(PaperPolicy):
 
     and it grows where the slope at the end of a step can be believed. Below ``r = -0.5`` little of the batch's slope
     is noise: it grows by ``(0.5 / (1 + r))**(1/6)`` a step, in all first steps, towards where half of the slope is
-    left. Above it, ``q = r' / r_0`` is how much is left of what is no noise (``r_0``: the lowest averaged ratio so far;
-    ``r'``: with averages that forget faster, decay 0.5). In the 12 steps, while the parabolas of the probes at steps 4,
-    7 and 10 open upwards, the level moves to where 0.7 of it is left,
+    left. Above it, ``q = r' / min((r + r') / 2)`` is how much is left of what is no noise (``r'``: with averages that
+    forget faster, decay 0.5; the minimum is over the steps so far, and ``r`` in it damps chance). In the 12 steps,
+    while the parabolas of the probes at steps 4, 7 and 10 open upwards, the level moves to where 0.65 of it is left,
 
-        level *= clip(held / level (1 - 0.7) / (1 - q), exp(-0.5), exp(0.5)),
+        level *= clip(held / level (1 - 0.65) / (1 - q), exp(-0.5), exp(0.5)),
 
     on the line through ``q = 1`` at level 0 and the measured one at ``held``, the level that ``r'`` is of: the same
     average of the logarithms. What it moves in all is kept ``>= 1``. A parabola that opens downwards takes this growth
@@ -61,8 +61,8 @@ class FirstStepsPolicy(PaperPolicy):
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.
     _BELIEVED: ClassVar[float] = 0.5
     _GROWTH: ClassVar[float] = 1 / 6
-    #: Above it: the share of the lowest ratio to be left, and the largest move in a step, its logarithm.
-    _LEFT: ClassVar[float] = 0.7
+    #: Above it: the share of what is no noise to be left, and the largest move in a step, its logarithm.
+    _LEFT: ClassVar[float] = 0.65
     _PACE: ClassVar[float] = 0.5
     #: Above this (positive) ratio the first steps overshoot.
     _OVERSHOT: ClassVar[float] = 0.15
@@ -90,8 +90,9 @@ class FirstStepsPolicy(PaperPolicy):
     #: Whether the parabolas of the probes after the first opened upwards, and no step overshot; `None`: there was none
     #: that says.
     convex: bool | None = field(default=None, init=False)
-    #: The lowest averaged ratio.
+    #: The lowest averaged ratio, and the lowest mean of it and of that which forgets faster.
     lowest: float = field(default=0.0, init=False)
+    lowest_quick: float = field(default=0.0, init=False)
     #: Whether one of the first steps overshot.
     overshot: bool = field(default=False, init=False)
     #: Averages of each parameter's slopes.
@@ -192,6 +193,8 @@ class FirstStepsPolicy(PaperPolicy):
             return
         ratio = 0.0 if math.isnan(ratio) else ratio
         self.lowest = min(self.lowest, ratio)
+        if not math.isnan(quick):
+            self.lowest_quick = min(self.lowest_quick, (ratio + quick) / 2)
         assert self.step_size is not None
         level = self.step_size
         if settling and count > 2 and slope > 0:
@@ -200,8 +203,8 @@ class FirstStepsPolicy(PaperPolicy):
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
-        elif settling and self.convex and self.lowest < 0:
-            move = self._convex_move(quick / self.lowest)
+        elif settling and self.convex and self.lowest_quick < 0:
+            move = self._convex_move(quick / self.lowest_quick)
             self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
         self._set_level(level)
 

@@ -98,6 +98,12 @@ def test_the_level_stops_growing_where_most_of_what_is_no_noise_is_left():
     assert level(0.5 * start) == pytest.approx(start, rel=0.1), "never below where it began"
 
 
+def test_slopes_that_come_out_of_their_noise_late_do_not_let_the_level_run_away():
+    # Of a language model; the slow average, -0.07 at its lowest, would say that all of it is left to the last step.
+    ends = [0.02, 0.01, 0.02, 0.07, 0.09, 0.12, 0.22, 0.1, 0.09, 0.1, 0.04, -0.01]
+    assert 2 < grown([-end for end in ends], {4: Verdict.ACCEPTED}) < math.exp(2)
+
+
 def test_the_slope_of_a_few_weights_does_not_decide():
     policies = started(), started()
     for _ in range(12):
