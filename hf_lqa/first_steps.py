@@ -92,7 +92,7 @@ class FirstStepsPolicy(PaperPolicy):
     convex: bool | None = field(default=None, init=False)
     #: The lowest averaged ratio, and the lowest mean of it and of that which forgets faster.
     lowest: float = field(default=0.0, init=False)
-    lowest_quick: float = field(default=0.0, init=False)
+    lowest_mean: float = field(default=0.0, init=False)
     #: Whether one of the first steps overshot.
     overshot: bool = field(default=False, init=False)
     #: Averages of each parameter's slopes.
@@ -194,7 +194,7 @@ class FirstStepsPolicy(PaperPolicy):
         ratio = 0.0 if math.isnan(ratio) else ratio
         self.lowest = min(self.lowest, ratio)
         if not math.isnan(quick):
-            self.lowest_quick = min(self.lowest_quick, (ratio + quick) / 2)
+            self.lowest_mean = min(self.lowest_mean, (ratio + quick) / 2)
         assert self.step_size is not None
         level = self.step_size
         if settling and count > 2 and slope > 0:
@@ -203,8 +203,8 @@ class FirstStepsPolicy(PaperPolicy):
         if ratio < -self._BELIEVED:
             growth = (self._BELIEVED / (1 + ratio)) ** self._GROWTH
             self.growth, level = self.growth * growth, level * growth
-        elif settling and self.convex and self.lowest_quick < 0:
-            move = self._convex_move(quick / self.lowest_quick)
+        elif settling and self.convex and self.lowest_mean < 0:
+            move = self._convex_move(quick / self.lowest_mean)
             self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
         self._set_level(level)
 
