@@ -34,13 +34,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import held_out
 import numpy as np
 import paper
 import peers
@@ -119,6 +120,8 @@ def data_arguments(task: str, options: argparse.Namespace) -> list[str]:
         return options.data_arguments.split()
     if task == "r8":
         train, validation = quickstart.reuters(options.cache_dir)
+    elif task in held_out.TEXTS:
+        train, validation = held_out.texts(task, options.cache_dir)
     else:
         train, validation = (data_folder(task, options) / f"{split}.csv" for split in ("train", "validation"))
     with open(train, encoding="utf-8") as file:
@@ -224,6 +227,11 @@ def smollm2(cache: Path) -> Path:
     return folder
 
 
+def spread(blocks: list[Any], most: int | None) -> list[Any]:
+    """About `most` of the blocks, from all parts of the text: its plays differ."""
+    return blocks[:: max(1, len(blocks) // most)] if most else blocks
+
+
 def language_task(task: str, options: argparse.Namespace) -> Task:
     folder = options.model or str(smollm2(options.cache_dir))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -234,11 +242,7 @@ def language_task(task: str, options: argparse.Namespace) -> Task:
         ids = tokenizer(text)["input_ids"]
         blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
         splits.append([{"input_ids": block, "labels": block} for block in blocks])
-    train, validation = splits
-    # Spread over the text: its plays differ.
-    validation = (
-        validation[:: max(1, len(validation) // options.max_eval_samples)] if options.max_eval_samples else validation
-    )
+    train, validation = splits[0], spread(splits[1], options.max_eval_samples)
 
     def model() -> nn.Module:
         made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -251,6 +255,34 @@ def language_task(task: str, options: argparse.Namespace) -> Task:
         return made
 
     return Task(train, validation, model, default_data_collator, None, None)
+
+
+def held_out_task(task: str, options: argparse.Namespace) -> Task:
+    if task in held_out.TEXTS:
+        return text_task(task, options)
+    if task in held_out.CHANGED:
+        model = options.model or (smollm2(options.cache_dir) if task == "trec6_smollm2" else None)
+        found = text_task("trec6", argparse.Namespace(**{**vars(options), "model": model}))
+        return replace(found, model=lambda: held_out.changed(task, found.model()))
+    if task == "vit_scratch":
+        train, validation = held_out.vit(options.data_dir)
+        trivial = trivial_metric(train.labels.numpy(), validation.labels.numpy(), False)
+        loss = nn.functional.cross_entropy
+        return Task(
+            train, validation, lambda: paper.WithLoss(held_out.Vit(), loss), lambda batch: batch, accuracy, trivial
+        )
+    files = [data_folder("tinyshakespeare", options) / f"{split}.txt" for split in ("train", "validation")]
+    size = options.max_length
+    if task == "gpt2_scratch":
+        alphabet = "".join(sorted(set("".join(file.read_text(encoding="utf-8") for file in files))))
+        rows = [held_out.characters(file, alphabet, size) for file in files]
+        make = functools.partial(held_out.gpt2, len(alphabet), size)
+    else:
+        folder = options.model or quickstart.minilm(options.cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rows = [held_out.masked(tokenizer, file, size, seed) for seed, file in enumerate(files)]
+        make = functools.partial(held_out.minilm_mlm, folder)
+    return Task(rows[0], spread(rows[1], options.max_eval_samples), make, default_data_collator, None, None)
 
 
 def paper_task(task: str, options: argparse.Namespace) -> Task:
@@ -267,6 +299,8 @@ def _load(task: str, key: str) -> Task:
         setattr(options, name, Path(value) if (value := getattr(options, name)) else None)
     if task in paper.TASKS:
         return paper_task(task, options)
+    if task in held_out.TASKS:
+        return held_out_task(task, options)
     return language_task(task, options) if task in LANGUAGE else text_task(task, options)
 
 
@@ -497,7 +531,7 @@ TABLE = {"max_steps": 100, "batch_size": 8, "max_length": 16, "max_eval_samples"
 def filled(task: str, options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     """The options of a task, defaults filled in."""
     kind = "paper" if task in paper.TASKS else "language" if task in LANGUAGE else "text"
-    values = {**DEFAULTS[kind], **{k: v for k, v in vars(options).items() if v is not None}, **changes}
+    values = {**held_out.SETTINGS.get(task, DEFAULTS[kind]), **{k: v for k, v in vars(options).items() if v is not None}, **changes}
     return argparse.Namespace(**{**vars(options), **values})
 
 
@@ -589,6 +623,13 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         (["smollm2_lora"], ["lqa", *adamw("3e-3", "3e-3")], FRESH_SEEDS, {}),
         (["trec6"], ["lqa", *adamw("1e-4", "1e-4")], FRESH_SEEDS, {"max_steps": 1000}),
         (["smollm2"], ["lqa", *adamw("1e-4", "1e-4")], FRESH_SEEDS[:3], {}),
+    ],
+    "held_out": [
+        (["newsgroups", "election", "friends", "minilm_mlm"], ["lqa", *adamw("3e-5", "3e-3")], SEEDS, {}),
+        (["trec6_lora", "vit_scratch"], ["lqa", *adamw("1e-4", "1e-2")], SEEDS, {}),
+        (["gpt2_scratch"], ["lqa", *adamw("3e-4", "3e-2")], SEEDS, {}),
+        (["trec6_head"], ["lqa", *adamw("1e-3", "1e-1")], SEEDS, {}),
+        (["trec6_smollm2"], ["lqa", *adamw("1e-5", "1e-3")], SEEDS, {}),
     ],
     # What a GPU is for: three epochs, and language models with batches of a usual size.
     "epochs": [
