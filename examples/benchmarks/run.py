@@ -531,7 +531,8 @@ TABLE = {"max_steps": 100, "batch_size": 8, "max_length": 16, "max_eval_samples"
 def filled(task: str, options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     """The options of a task, defaults filled in."""
     kind = "paper" if task in paper.TASKS else "language" if task in LANGUAGE else "text"
-    values = {**held_out.SETTINGS.get(task, DEFAULTS[kind]), **{k: v for k, v in vars(options).items() if v is not None}, **changes}
+    own = held_out.SETTINGS.get(task, DEFAULTS[kind])
+    values = {**own, **{k: v for k, v in vars(options).items() if v is not None}, **changes}
     return argparse.Namespace(**{**vars(options), **values})
 
 
