@@ -261,7 +261,7 @@ def held_out_task(task: str, options: argparse.Namespace) -> Task:
     if task in held_out.TEXTS:
         return text_task(task, options)
     if task in held_out.CHANGED:
-        model = options.model or (smollm2(options.cache_dir) if task == "trec6_smollm2" else None)
+        model = options.model or (str(smollm2(options.cache_dir)) if task == "trec6_smollm2" else None)
         found = text_task("trec6", argparse.Namespace(**{**vars(options), "model": model}))
         return replace(found, model=lambda: held_out.changed(task, found.model()))
     if task == "vit_scratch":
