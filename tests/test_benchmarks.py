@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
 import cost  # noqa: E402
+import held_out  # noqa: E402
 import paper  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -44,21 +45,22 @@ WORDS = "red green blue house tree river dog cat".split()
 def folder(tmp_path_factory):
     """A tiny encoder, a tiny language model, both with their tokenizer, and texts whose first word is the class."""
     folder = tmp_path_factory.mktemp("benchmark")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     size = {"vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = BertModel(BertConfig(**size, intermediate_size=16))
-    language = LlamaForCausalLM(LlamaConfig(**size, intermediate_size=16, num_key_value_heads=2))
+    language = LlamaForCausalLM(LlamaConfig(**size, intermediate_size=16, num_key_value_heads=2, pad_token_id=0))
     for model, name in ((encoder, "encoder"), (language, "language")):
         model.save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
     rows = [f"{WORDS[i % 3]} {WORDS[i % 7]} {WORDS[i % 5]},{i % 3}" for i in range(32)]
-    for task in ("colours", "tinyshakespeare"):
+    for task in ("colours", "trec6", "tinyshakespeare"):
         (folder / task).mkdir()
         for split in ("train", "validation"):
             (folder / task / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
@@ -93,6 +95,34 @@ def test_language_models(folder, tmp_path, task):
     argv = (*SHORT, "--tasks", task, "--methods", "adamw@1e-3", "--model", folder / "language", "--max_eval_samples", 4)
     (row,) = benchmark(folder, tmp_path / "r.jsonl", *argv)
     assert row["metric"] == -row["eval_loss"] and row["trivial_metric"] == pytest.approx(-math.log(12), abs=0.5)
+
+
+@pytest.mark.parametrize("task", [t for t in held_out.TASKS if t not in (*held_out.TEXTS, "vit_scratch")])
+def test_held_out_tasks(folder, tmp_path, task):
+    model = folder / ("language" if task == "trec6_smollm2" else "encoder")
+    argv = (*SHORT, "--tasks", task, "--methods", "lqa", "--max_eval_samples", 8)
+    (row,) = benchmark(folder, tmp_path / "r.jsonl", *argv, *(() if task == "gpt2_scratch" else ("--model", model)))
+    assert math.isfinite(row["eval_loss"]) and row["probe_forwards"] > 0
+
+
+def test_what_the_held_out_tasks_train(folder):
+    options = run.options_of(["--data_dir", str(folder), "--model", str(folder / "encoder")])
+    trained = {}
+    for task in held_out.CHANGED[:2]:
+        model = run.load(task, run.filled(task, options)).model()
+        trained[task] = {name for name, weights in model.named_parameters() if weights.requires_grad}
+    assert trained["trec6_head"] == {"classifier.weight", "classifier.bias"}
+    assert all("lora_" in name or "classifier" in name for name in trained["trec6_lora"])
+    assert sum("lora_" in name for name in trained["trec6_lora"]) > 2
+    tokenizer = run.AutoTokenizer.from_pretrained(folder / "encoder")
+    rows = held_out.masked(tokenizer, folder / "tinyshakespeare" / "train.txt", 8, 0)
+    again = held_out.masked(tokenizer, folder / "tinyshakespeare" / "train.txt", 8, 0)
+    # Masked once for all: epochs and methods see the same.
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True))
+    guessed = sum(int((row["labels"] != -100).sum()) for row in rows)
+    assert 0.05 < guessed / (8 * 27) < 0.3 and all((row["labels"] != -100).any() for row in rows)
+    images = held_out.Vit()(torch.zeros(2, 3, 32, 32))
+    assert images.shape == (2, 10)
 
 
 @pytest.mark.parametrize("method", ["bb", "gen_adamw", "salsa"])
@@ -160,12 +190,16 @@ def test_report(tmp_path):
     rows += [made_up("trec6", method, 0, 0.4, max_steps=9) for method in ("lqa", "adamw@3e-4+warmup")]
     rows += [made_up("trec6", "lqa", seed, loss) for seed, loss in ((3, 0.2), (4, 0.28))]
     rows += [made_up("trec6", "adamw@3e-4+warmup", seed, 0.25) for seed in (3, 4)]
+    rows += [made_up("trec6_head", method, 0, loss) for method, loss in (("lqa", 0.6), ("adamw@1e-3+warmup", 0.4))]
     rows += [made_up("linear", method, 0, 0.4) for method in ("lqa_paper+constant", "sgd@1e-2+constant", "bb")]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.main([str(results)])
     text = (tmp_path / "REPORT.md").read_text()
     assert "| trec6 | 0.2050 ± 0.0050 | 0.2500 ± 0.0000 | 3e-04 | 0.820 | 0.9000 | 0.9000 | 2 of 2 |" in text
+    before, after = text.split("### On tasks that the rule was not chosen on")
+    row = "| trec6_head | 0.6000 | 0.4000 | 1e-03 (at the end of the sweep) | 1.500 |"
+    assert "trec6_head" not in before and row in after
     title = "trec6: 3 steps, batch 4, 8 tokens, linear schedule, paper"
     assert f"| {title} | 0.2400 ± 0.0400 | 0.2500 ± 0.0000 | 3e-04 | 0.960 | 0.9000 | 0.9000 | 1 of 2 |" in text
     assert "| `lqa` | 1.00 | 0.800 | 1 |" in text and "| `prodigy` | 2.00 | 1.200 | 2 |" in text

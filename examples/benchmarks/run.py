@@ -12,8 +12,8 @@ and figures of it. ``--table`` runs everything in the report.
 A **task** is ``r8`` (Reuters, from PyPI, as in the quickstart); a folder under ``--data_dir`` with ``train.csv``
 and ``validation.csv``, columns ``text`` and ``label`` (classes) or ``score`` (regression); ``smollm2`` or
 ``smollm2_lora`` (SmolLM2-135M from PyPI on ``--data_dir``/tinyshakespeare); one of the paper's, ``linear``,
-``logistic``, ``mlp_mnist``, ``lenet_cifar``; or any name, if ``--data_arguments`` says which data it is in the words of
-``text_classification.py``.
+``logistic``, ``mlp_mnist``, ``lenet_cifar``; one of those in ``held_out.py``; or any name, if ``--data_arguments`` says
+which data it is in the words of ``text_classification.py``.
 
 A **method** is an ``--optim`` or a name out of ``peers.py``, with ``@RATE`` for its learning rate, ``+warmup`` for a
 warm-up over 6 % of the steps, ``+constant``, ``+cosine`` or ``+decay`` for another schedule than the task's, and
@@ -629,8 +629,9 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         (["newsgroups", "election", "friends", "minilm_mlm"], ["lqa", *adamw("3e-5", "3e-3")], SEEDS, {}),
         (["trec6_lora", "vit_scratch"], ["lqa", *adamw("1e-4", "1e-2")], SEEDS, {}),
         (["gpt2_scratch"], ["lqa", *adamw("3e-4", "3e-2")], SEEDS, {}),
-        (["trec6_head"], ["lqa", *adamw("1e-3", "1e-1")], SEEDS, {}),
-        (["trec6_smollm2"], ["lqa", *adamw("1e-5", "1e-3")], SEEDS, {}),
+        (["trec6_head"], ["lqa", *adamw("1e-3", "1")], SEEDS, {}),
+        (["trec6_smollm2"], ["lqa", *adamw("3e-5", "3e-4")], SEEDS, {}),
+        (["trec6_smollm2"], adamw("1e-3", "1e-3"), [0], {}),
     ],
     # What a GPU is for: three epochs, and language models with batches of a usual size.
     "epochs": [
