@@ -232,6 +232,12 @@ def spread(blocks: list[Any], most: int | None) -> list[Any]:
     return blocks[:: max(1, len(blocks) // most)] if most else blocks
 
 
+def with_lora(model: Any, kind: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=kind))
+
+
 def language_task(task: str, options: argparse.Namespace) -> Task:
     folder = options.model or str(smollm2(options.cache_dir))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -248,10 +254,7 @@ def language_task(task: str, options: argparse.Namespace) -> Task:
         made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         made.config.use_cache = False
         if task == "smollm2_lora":
-            from peft import LoraConfig, get_peft_model
-
-            adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-            made = get_peft_model(made, adapter)
+            made = with_lora(made, "CAUSAL_LM")
         return made
 
     return Task(train, validation, model, default_data_collator, None, None)
@@ -263,14 +266,17 @@ def held_out_task(task: str, options: argparse.Namespace) -> Task:
     if task in held_out.CHANGED:
         model = options.model or (str(smollm2(options.cache_dir)) if task == "trec6_smollm2" else None)
         found = text_task("trec6", argparse.Namespace(**{**vars(options), "model": model}))
-        return replace(found, model=lambda: held_out.changed(task, found.model()))
+
+        def changed() -> nn.Module:
+            made = found.model()
+            if task == "trec6_head":
+                made.base_model.requires_grad_(False)
+            return with_lora(made, "SEQ_CLS") if task == "trec6_lora" else made
+
+        return replace(found, model=changed)
     if task == "vit_scratch":
-        train, validation = held_out.vit(options.data_dir)
-        trivial = trivial_metric(train.labels.numpy(), validation.labels.numpy(), False)
         loss = nn.functional.cross_entropy
-        return Task(
-            train, validation, lambda: paper.WithLoss(held_out.Vit(), loss), lambda batch: batch, accuracy, trivial
-        )
+        return replace(paper_task("lenet_cifar", options), model=lambda: paper.WithLoss(held_out.Vit(), loss))
     files = [data_folder("tinyshakespeare", options) / f"{split}.txt" for split in ("train", "validation")]
     size = options.max_length
     if task == "gpt2_scratch":
@@ -531,7 +537,7 @@ TABLE = {"max_steps": 100, "batch_size": 8, "max_length": 16, "max_eval_samples"
 def filled(task: str, options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     """The options of a task, defaults filled in."""
     kind = "paper" if task in paper.TASKS else "language" if task in LANGUAGE else "text"
-    own = held_out.SETTINGS.get(task, DEFAULTS[kind])
+    own = {**TABLE, **held_out.SETTINGS[task]} if task in held_out.TASKS else DEFAULTS[kind]
     values = {**own, **{k: v for k, v in vars(options).items() if v is not None}, **changes}
     return argparse.Namespace(**{**vars(options), **values})
 
