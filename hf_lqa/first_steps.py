@@ -43,6 +43,11 @@ class FirstStepsPolicy(PaperPolicy):
     back at once: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for
     that to be over: until then a slope persists at any level.
 
+    Of ``n`` elements the 12 steps leave the level at ``0.25 / sqrt(n)`` or more, unless one overshot: a step along
+    AdamW's first direction, whose elements are 1, is then 0.25 long. The share of its batch's loss that a step changes
+    counts the noise of all elements, so the more there are the shorter is a step that changes as much, as ``1 / n``;
+    the best rates of sweeps fall as ``1 / sqrt(n)``.
+
     **The ramp** multiplies the step size by ``min(1, (step + 1) / warmup)``. Once one of the 12 steps ends clearly
     beyond the minimum (``r' > 0.15``; the very first: ``r > 0.5``), it is as long as the first steps from there on, and
     growth by parabolas is taken back: what turns a slope so early is that it steepens.
@@ -64,6 +69,8 @@ class FirstStepsPolicy(PaperPolicy):
     #: Above it: the share of what is no noise to be left, and the largest move in a step, its logarithm.
     _LEFT: ClassVar[float] = 0.65
     _PACE: ClassVar[float] = 0.5
+    #: The least level in which they end, times the root of the number of elements.
+    _LEAST_LENGTH: ClassVar[float] = 0.25
     #: Above this (positive) ratio the first steps overshoot.
     _OVERSHOT: ClassVar[float] = 0.15
     #: ... if there is only one, of one batch.
@@ -206,6 +213,8 @@ class FirstStepsPolicy(PaperPolicy):
         elif settling and self.convex and self.lowest_mean < 0:
             move = self._convex_move(quick / self.lowest_mean)
             self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
+        if count == self._SETTLING_STEPS and not self.overshot:
+            level = max(level, self._LEAST_LENGTH / math.sqrt(sum(sizes)))
         self._set_level(level)
 
     def _convex_move(self, left: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from hf_lqa import LQA, Fit, Verdict
 from hf_lqa.cross_batch import CrossBatchPolicy
 
-RADIUS = 0.01
+RADIUS = 1.0
 PROBED = Fit(-1.0, math.nan, None, Verdict.NON_CONVEX)
 
 
@@ -102,6 +102,22 @@ def test_slopes_that_come_out_of_their_noise_late_do_not_let_the_level_run_away(
     # Of a language model; the slow average, -0.07 at its lowest, would say that all of it is left to the last step.
     ends = [0.02, 0.01, 0.02, 0.07, 0.09, 0.12, 0.22, 0.1, 0.09, 0.1, 0.04, -0.01]
     assert 2 < grown([-end for end in ends], {4: Verdict.ACCEPTED}) < math.exp(2)
+
+
+def test_the_first_steps_leave_a_level_that_is_not_too_short_for_so_many_weights():
+    def levels(ends, sizes):
+        policy = CrossBatchPolicy()
+        policy.observe_probe(PROBED, 1e-6)
+        for end in ends:
+            policy.observe_end([-1.0, -1.0], [end, end], sizes, 1.0)
+            yield policy.step_size
+
+    first = 4 / 3 * 1e-6
+    for sizes, least in (([3_000_000, 1_000_000], 0.25 / 2000), ([100, 0], 0.025)):
+        *before, level = levels(12 * [-0.1], sizes)
+        assert before == pytest.approx(11 * [first]) and level == pytest.approx(least)
+    assert [*levels(12 * [-0.1], [10**14, 0])] == pytest.approx(12 * [first]), "a bound, and no target"
+    assert [*levels([*(11 * [-0.1]), 9.0], [100, 0])][-1] == pytest.approx(first), "a step went too far already"
 
 
 def test_the_slope_of_a_few_weights_does_not_decide():
