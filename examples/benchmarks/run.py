@@ -264,14 +264,15 @@ def held_out_task(task: str, options: argparse.Namespace) -> Task:
     if task in held_out.TEXTS:
         return text_task(task, options)
     if task in held_out.CHANGED:
-        model = options.model or (str(smollm2(options.cache_dir)) if task == "trec6_smollm2" else None)
-        found = text_task("trec6", argparse.Namespace(**{**vars(options), "model": model}))
+        data, _, change = task.partition("_")
+        model = options.model or (str(smollm2(options.cache_dir)) if change == "smollm2" else None)
+        found = text_task(data, argparse.Namespace(**{**vars(options), "model": model}))
 
         def changed() -> nn.Module:
             made = found.model()
-            if task == "trec6_head":
+            if change == "head":
                 made.base_model.requires_grad_(False)
-            return with_lora(made, "SEQ_CLS") if task == "trec6_lora" else made
+            return with_lora(made, "SEQ_CLS") if change == "lora" else made
 
         return replace(found, model=changed)
     if task == "vit_scratch":
@@ -636,7 +637,12 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         (["trec6_lora", "vit_scratch"], ["lqa", *adamw("1e-4", "1e-2")], SEEDS, {}),
         (["gpt2_scratch"], ["lqa", *adamw("3e-4", "3e-2")], SEEDS, {}),
         (["trec6_head"], ["lqa", *adamw("1e-3", "1")], SEEDS, {}),
-        (["trec6_smollm2"], ["lqa", *adamw("3e-5", "3e-4")], SEEDS, {}),
+        (
+            ["trec6_smollm2", "r8_smollm2", "election_smollm2"],
+            ["lqa", *adamw("3e-5", "3e-4")],
+            SEEDS,
+            {},
+        ),
         (["trec6_smollm2"], adamw("1e-3", "1e-3"), [0], {}),
     ],
     # What a GPU is for: three epochs, and language models with batches of a usual size.
