@@ -9,6 +9,7 @@ import torch
 from hf_lqa import LQA, Fit, Verdict
 from hf_lqa.cross_batch import CrossBatchPolicy
 
+#: So large that the least level, 0.25 of one weight, is out of the way.
 RADIUS = 1.0
 PROBED = Fit(-1.0, math.nan, None, Verdict.NON_CONVEX)
 

@@ -637,12 +637,7 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         (["trec6_lora", "vit_scratch"], ["lqa", *adamw("1e-4", "1e-2")], SEEDS, {}),
         (["gpt2_scratch"], ["lqa", *adamw("3e-4", "3e-2")], SEEDS, {}),
         (["trec6_head"], ["lqa", *adamw("1e-3", "1")], SEEDS, {}),
-        (
-            ["trec6_smollm2", "r8_smollm2", "election_smollm2"],
-            ["lqa", *adamw("3e-5", "3e-4")],
-            SEEDS,
-            {},
-        ),
+        (["trec6_smollm2", "r8_smollm2", "election_smollm2"], ["lqa", *adamw("3e-5", "3e-4")], SEEDS, {}),
         (["trec6_smollm2"], adamw("1e-3", "1e-3"), [0], {}),
     ],
     # What a GPU is for: three epochs, and language models with batches of a usual size.
