@@ -55,9 +55,9 @@ class CrossBatchPolicy(FirstStepsPolicy):
     which is below zero where going further that way would have been better. A move's own slope says so with more noise:
     what all moves have in common is a small part of each, and nearly all of their sum. ``c`` makes the mean of
     ``rate_i**2``, weighted as the median, 1: relative rates turn a step, and leave its length to the level. They are
-    kept in [1/b, b], ``b = clip(200 / k, 2, 8)``: a matrix that was fresh would go on along its way at any rate, and
-    leave to the others what is left of that length. They are applied to the nearest half of a doubling. A parameter
-    that is not observed has that of the one before it. Ratios are divided by ``rate_i / first_i`` for the level.
+    kept in [1/b, b], ``b = clip(200 / k, 2, 8)``: one matrix that stays far above the level leaves little of the mean
+    square to the others. They are applied to the nearest half of a doubling. A parameter that is not observed has that
+    of the one before it. Ratios are divided by ``rate_i / first_i`` for the level.
 
     **The applied step size** is, times the schedule's factor and `relative_rates`,
 
@@ -168,7 +168,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
             return
         # Parameters that were added later are without a scale.
         sizes = sizes[:known]
-        first = super().relative_rates(known) or [1.0] * known
+        first = self._first(known)
         ends = [end * was / rate for end, was, rate in zip(ends, first, self.rates or first, strict=False)]
         if self.observations == 0:
             self.settled = self.step_size
@@ -217,7 +217,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
             min(max(-end / start, self._LEAST_LEFT), 1.0) if start else 1.0
             for start, end in zip(self.start_sums, self.end_sums, strict=True)
         ]
-        first = super().relative_rates(len(left)) or [1.0] * len(left)
+        first = self._first(len(left))
         self.log_rates = [self._RATE_POWER * math.log(x) + math.log(rate) for x, rate in zip(left, first, strict=True)]
         self.mean_squares = [0.0] * len(left)
         self._balance(sizes)

@@ -150,7 +150,10 @@ class FirstStepsPolicy(PaperPolicy):
         self.first_rates = rates if any(rate != 1 for rate in rates) else []
 
     def relative_rates(self, count: int) -> list[float]:
-        return self.first_rates + [1.0] * (count - len(self.first_rates)) if self.first_rates else []
+        return self._first(count) if self.first_rates else []
+
+    def _first(self, count: int) -> list[float]:
+        return self.first_rates + [1.0] * (count - len(self.first_rates))
 
     def _rounded(self, log_rates: Sequence[float]) -> list[float]:
         steps = self._RATES_TO_A_DOUBLING / math.log(2)
