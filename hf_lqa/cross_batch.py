@@ -45,7 +45,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
     lowest layers, where a batch's slope is all noise, to nine tenths in a fresh head. So parameter ``i`` moves
     ``rate_i`` times as far as the level says. After the first steps (without the first of them)
 
-        rate_i = c abs(q_i)**0.5,        q_i = sum of end_i / sum of abs(start_i), kept in [-1, -0.02]
+        rate_i = c abs(q_i)**0.5 first_i,        q_i = sum of end_i / sum of abs(start_i), kept in [-1, -0.02]
 
     and from then on each follows the slope along all the way it has come from the weights that training began with,
 
@@ -55,8 +55,9 @@ class CrossBatchPolicy(FirstStepsPolicy):
     which is below zero where going further that way would have been better. A move's own slope says so with more noise:
     what all moves have in common is a small part of each, and nearly all of their sum. ``c`` makes the mean of
     ``rate_i**2``, weighted as the median, 1: relative rates turn a step, and leave its length to the level. They are
-    kept in [1/4, 4] and applied to the nearest half of a doubling. A parameter that is not observed has that of the one
-    before it. Ratios are divided by ``rate_i`` for the level.
+    kept in [1/b, b], ``b = clip(200 / k, 2, 8)``: one matrix that stays far above the level leaves little of the mean
+    square to the others. They are applied to the nearest half of a doubling. A parameter that is not observed has that
+    of the one before it. Ratios are divided by ``rate_i / first_i`` for the level.
 
     **The applied step size** is, times the schedule's factor and `relative_rates`,
 
@@ -94,12 +95,12 @@ class CrossBatchPolicy(FirstStepsPolicy):
     _FADING: ClassVar[int] = 4
     #: Observations at each distance between them.
     _DENSE: ClassVar[int] = 16
-    #: What is left of a slope counts for so much at least in a relative rate, whose power of it, largest factor and
-    #: number of values to a doubling follow: each value that occurs is one more param group in the base optimizer.
+    #: What is left of a slope counts for so much at least in a relative rate, whose power of it follows.
     _LEAST_LEFT: ClassVar[float] = 0.02
     _RATE_POWER: ClassVar[float] = 0.5
-    _MAX_RATE: ClassVar[float] = 4.0
-    _RATES_TO_A_DOUBLING: ClassVar[int] = 2
+    #: The least and the most that relative rates may be, as a factor, and what it is times the observations.
+    _MAX_RATE: ClassVar[tuple[float, float]] = (2.0, 8.0)
+    _NARROWING: ClassVar[float] = 200.0
 
     eta: float = 0.3
     #: After the first steps.
@@ -167,7 +168,8 @@ class CrossBatchPolicy(FirstStepsPolicy):
             return
         # Parameters that were added later are without a scale.
         sizes = sizes[:known]
-        ends = [end / rate for end, rate in zip(ends, self.rates or [1.0] * known, strict=False)]
+        first = self._first(known)
+        ends = [end * was / rate for end, was, rate in zip(ends, first, self.rates or first, strict=False)]
         if self.observations == 0:
             self.settled = self.step_size
             self._set_relative_rates(sizes)
@@ -199,7 +201,9 @@ class CrossBatchPolicy(FirstStepsPolicy):
         return math.sqrt(mean_square / (1 - self._DECAY**count))
 
     def relative_rates(self, count: int) -> list[float]:
-        return self.rates + [1.0] * (count - len(self.rates)) if self.rates else []
+        if not self.rates:
+            return super().relative_rates(count)
+        return self.rates + [1.0] * (count - len(self.rates))
 
     def _set_trust(self, sizes: Sequence[int]) -> None:
         """How much votes count after the first steps. Each element does in a vote, so each does here."""
@@ -213,7 +217,8 @@ class CrossBatchPolicy(FirstStepsPolicy):
             min(max(-end / start, self._LEAST_LEFT), 1.0) if start else 1.0
             for start, end in zip(self.start_sums, self.end_sums, strict=True)
         ]
-        self.log_rates = [self._RATE_POWER * math.log(x) for x in left]
+        first = self._first(len(left))
+        self.log_rates = [self._RATE_POWER * math.log(x) + math.log(rate) for x, rate in zip(left, first, strict=True)]
         self.mean_squares = [0.0] * len(left)
         self._balance(sizes)
 
@@ -224,15 +229,16 @@ class CrossBatchPolicy(FirstStepsPolicy):
             return
         weights = weights_of([sizes[i] for i in known])
         squares = (weight * math.exp(2 * self.log_rates[i]) for i, weight in zip(known, weights, strict=True))
-        middle, bound = math.log(sum(squares) / sum(weights)) / 2, math.log(self._MAX_RATE)
+        middle = math.log(sum(squares) / sum(weights)) / 2
+        least, most = self._MAX_RATE
+        bound = math.log(min(max(self._NARROWING / max(self.observations, 1), least), most))
         for i in known:
             self.log_rates[i] = min(max(self.log_rates[i] - middle, -bound), bound)
         before = known[0]
         for i, start in enumerate(self.starts):
             before = i if start else before
             self.log_rates[i] = self.log_rates[before]
-        steps = self._RATES_TO_A_DOUBLING / math.log(2)
-        self.rates = [math.exp(round(rate * steps) / steps) for rate in self.log_rates]
+        self.rates = self._rounded(self.log_rates)
 
 
 POLICIES: dict[str, type[PaperPolicy]] = {p.name: p for p in (PaperPolicy, CrossBatchPolicy)}

@@ -52,6 +52,14 @@ class FirstStepsPolicy(PaperPolicy):
     beyond the minimum (``r' > 0.15``; the very first: ``r > 0.5``), it is as long as the first steps from there on, and
     growth by parabolas is taken back: what turns a slope so early is that it steepens.
 
+    **First rates.** Until one of the 12 steps overshoots, a small head moves further than the level says: matrices that
+    come after the last one of ``n`` elements or more, of ``n_i`` elements themselves, by
+
+        first_i = min((n / n_i)**(1/3), 8)          n: geometric mean over all matrices, weighted by sqrt(n_i)
+
+    to the nearest half of a doubling; all else by 1. So a fresh head learns before what is below it has followed its
+    noise. Without `begin` they are all 1.
+
     Probes are rare: at step 0, at 4, 7 and 10 until one opens downwards or a step overshoots, and every
     `probe_interval`. The first gives the first level, the next say whether it may grow; later ones are measurements,
     which it does not depend on.
@@ -71,6 +79,11 @@ class FirstStepsPolicy(PaperPolicy):
     _PACE: ClassVar[float] = 0.5
     #: The least level in which they end, times the root of the number of elements.
     _LEAST_LENGTH: ClassVar[float] = 0.25
+    #: First rates: power of the sizes' ratio, and the largest.
+    _SIZE_POWER: ClassVar[float] = 1 / 3
+    _MAX_FIRST_RATE: ClassVar[float] = 8.0
+    #: Of relative rates, first or later: each value that occurs is one more param group in the base optimizer.
+    _RATES_TO_A_DOUBLING: ClassVar[int] = 2
     #: Above this (positive) ratio the first steps overshoot.
     _OVERSHOT: ClassVar[float] = 0.15
     #: ... if there is only one, of one batch.
@@ -102,6 +115,8 @@ class FirstStepsPolicy(PaperPolicy):
     lowest_mean: float = field(default=0.0, init=False)
     #: Whether one of the first steps overshot.
     overshot: bool = field(default=False, init=False)
+    #: Relative rate of each parameter until then; nothing where it is 1 for all.
+    first_rates: list[float] = field(default_factory=list, init=False)
     #: Averages of each parameter's slopes.
     starts: list[float] = field(default_factory=list, init=False)
     ends: list[float] = field(default_factory=list, init=False)
@@ -120,6 +135,29 @@ class FirstStepsPolicy(PaperPolicy):
         super().plan(total_steps, final_factor)
         share = int(self._FIRST_SHARE * total_steps)
         self._first_steps = min(max(share, self._SETTLING_STEPS), self._MAX_FIRST_STEPS)
+
+    def begin(self, shapes: Sequence[Sequence[int]]) -> None:
+        sizes = [math.prod(shape) if len(shape) == 2 else 0 for shape in shapes]
+        weights = weights_of(sizes)
+        total = sum(weights)
+        typical = sum(w * math.log(n) for w, n in zip(weights, sizes, strict=True) if n) / (total or 1.0)
+        body = max((i for i, n in enumerate(sizes) if n and math.log(n) >= typical), default=-1)
+        log_rates = [
+            min(self._SIZE_POWER * (typical - math.log(n)), math.log(self._MAX_FIRST_RATE)) if n and i > body else 0.0
+            for i, n in enumerate(sizes)
+        ]
+        rates = self._rounded(log_rates)
+        self.first_rates = rates if any(rate != 1 for rate in rates) else []
+
+    def relative_rates(self, count: int) -> list[float]:
+        return self._first(count) if self.first_rates else []
+
+    def _first(self, count: int) -> list[float]:
+        return self.first_rates + [1.0] * (count - len(self.first_rates))
+
+    def _rounded(self, log_rates: Sequence[float]) -> list[float]:
+        steps = self._RATES_TO_A_DOUBLING / math.log(2)
+        return [math.exp(round(rate * steps) / steps) for rate in log_rates]
 
     def cadence(self) -> str:
         first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
@@ -193,7 +231,7 @@ class FirstStepsPolicy(PaperPolicy):
         settling = count <= self._SETTLING_STEPS
         beyond = quick > self._OVERSHOT if count > 1 else ratio > self._OVERSHOT_AT_ONCE
         if settling and beyond:
-            self.overshot = True
+            self.overshot, self.first_rates = True, []
             self._take_back()
         if count == 1:
             self.first_slope = slope

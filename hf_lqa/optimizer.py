@@ -188,7 +188,7 @@ class LQA(torch.optim.Optimizer):
 
     @property
     def relative_rates(self) -> list[float]:
-        """What multiplies the step size of each parameter, in the param groups' order; nothing until it is measured."""
+        """What multiplies the step size of each parameter, in the param groups' order; nothing where all are 1."""
         return self.policy.relative_rates(len(self._params))
 
     @property
@@ -230,6 +230,9 @@ class LQA(torch.optim.Optimizer):
             self.step_size = 0.0
             self._disarm()
             return
+        if self.policy.step_size is None and not isinstance(self.base, torch.optim.SGD):
+            # What shapes say holds for directions whose elements are alike, as AdamW's; gradients are not.
+            self.policy.begin([p.shape if p.requires_grad else () for p in self._params])
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
         norm, slopes, move = 0.0, [], self._move

@@ -1,8 +1,9 @@
 """How measurements become the step size: what the optimizer asks a policy, and the published rule.
 
-A policy sees floats only. Before a probe it says how far to probe (`radius`); after it, `observe_probe` takes the fit;
-at the next training step, `observe_end` takes the slopes at both ends of a step: at its start on the step's own batch,
-at its end on the next one, and along the whole way from the weights that training began with.
+A policy sees numbers only. It is told the shapes of what moves (`begin`), and says before a probe how far to probe
+(`radius`); after it, `observe_probe` takes the fit; at the next training step, `observe_end` takes the slopes at both
+ends of a step: at its start on the step's own batch, at its end on the next one, and along the whole way from the
+weights that training began with.
 `step_size` is what the next step should use, before schedule and ramp; `None` until something was measured.
 """
 
@@ -86,6 +87,9 @@ class PaperPolicy:
     def factor(self, step: int) -> float:
         """What multiplies the step size at step `step`, beside the schedule."""
         return 1.0
+
+    def begin(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Take note of the parameters' shapes: to be called before anything is measured. Empty of one that stays."""
 
     def relative_rates(self, count: int) -> list[float]:
         """What multiplies the step size of each of `count` parameters, beside that; nothing where it is 1 for all."""

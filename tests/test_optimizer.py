@@ -119,9 +119,9 @@ def test_a_probe_leaves_no_trace_in_the_base_optimizer(name):
     assert len(optimizer.param_groups) == 1 and float(optimizer.param_groups[0]["lr"]) == 1
     for (key, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), key
-    ours = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    theirs = [v for s in base.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        pairs = zip(optimizer.state[p].values(), base.state[q].values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
 
 
 def test_a_replay_at_the_origin_is_the_training_loss_bit_for_bit():
@@ -171,6 +171,25 @@ def test_groups_keep_their_relative_rates_and_schedulers_compose():
             assert torch.allclose(p, old - multiplier * optimizer.step_size * p.grad, rtol=1e-4, atol=1e-7)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1 - step / 10, 0.25 * (1 - step / 10)])
         scheduler.step()
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_head_moves_further_from_the_first_step_on_unless_along_gradients(base):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    model[0].bias.requires_grad_(False)
+    optimizer = LQA(base(model.parameters(), lr=1.0), probe_interval=10**9)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, [(torch.randn(8, 64), torch.tensor([0, 1] * 4))])
+    body, frozen, head, bias = (
+        float((p.detach() - old).abs().max()) / optimizer.step_size
+        for p, old in zip(model.parameters(), before, strict=True)
+    )
+    assert frozen == 0
+    if base is torch.optim.SGD:
+        assert optimizer.relative_rates == []
+    else:
+        assert optimizer.relative_rates == pytest.approx([1, 1, 8**0.5, 1])
+        assert [body, head, bias] == pytest.approx([1, 8**0.5, 1], rel=0.01), "but for weight decay"
 
 
 def test_warmup_from_zero_moves_nothing_and_measures_nothing():

@@ -93,7 +93,7 @@ def test_the_last_checkpoint_will_do(tmp_path):
 
 def test_the_schedule_is_what_lies_between_level_and_rate(run):
     for entry in read_log(run[0]):
-        if "loss" in entry:
+        if "loss" in entry and entry["step"] > 12:  # the longest ramp
             factor = 1 - (entry["step"] - 1) / 24
             assert entry["learning_rate"] == pytest.approx(factor * entry["lqa_level"])
 

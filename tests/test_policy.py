@@ -223,19 +223,99 @@ def test_a_parameter_whose_slope_lasts_moves_further_and_all_together_as_far():
     assert rates == pytest.approx([2**0.5, 2**-1.5, 1.0])
     assert with_rates([0.25, 0.25]).relative_rates(2) == [1.0, 1.0]
     assert with_rates([0.64, 0.04], [10_000, 1]).relative_rates(2) == pytest.approx([1.0, 0.25])
-    assert with_rates([0.9, -0.3, 0.0, 0.9]).relative_rates(4) == pytest.approx([2**0.5, 0.25, 0.25, 2**0.5])
+    assert with_rates([0.9, -0.3, 0.0, 0.9]).relative_rates(4) == pytest.approx([2**0.5, 2**-2.5, 2**-2.5, 2**0.5])
+
+
+SHAPES = [(2, 16), (), (4096, 16), (1024,), (1024, 16), (4, 4, 4, 4), (8, 16)]
+
+
+def test_a_small_head_moves_further_from_the_first_step_on():
+    policy = CrossBatchPolicy()
+    policy.begin(SHAPES)
+    sizes = [2 * 16, 4096 * 16, 1024 * 16, 8 * 16]
+    weights = [math.sqrt(n) for n in sizes]
+    typical = sum(w * math.log(n) for w, n in zip(weights, sizes, strict=True)) / sum(weights)
+    exact = [(math.exp(typical) / n) ** (1 / 3) for n in sizes]
+    assert exact[1] < 1 < exact[2] < exact[3] < 8
+    rates = policy.relative_rates(8)
+    # Not what comes before the last large one, as small tables of vectors do; the last was added later.
+    assert rates == pytest.approx([1, 1, 1, 1, exact[2], 1, exact[3], 1], rel=2**0.25 - 1 + 1e-9)
+    halves = [2 * math.log2(rate) for rate in rates]
+    assert halves == pytest.approx([round(x) for x in halves]), "to half a doubling"
+    policy = CrossBatchPolicy()
+    policy.begin([(10**4, 10**4), (2, 2)])
+    assert policy.relative_rates(2) == pytest.approx([1, 8]), "bounded"
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[], [(5,), (3, 3, 3)], [(64, 32), (32,)], [(64, 32), (32, 64)], [(0, 3), (2, 2)], [(9, 9), (2, 9), (99, 9)]],
+)
+def test_nothing_moves_further_where_no_small_matrix_comes_last(shapes):
+    policy = CrossBatchPolicy()
+    policy.begin(shapes)
+    assert policy.relative_rates(len(shapes)) == []
+
+
+def with_first_rates(ends, begin=True):
+    policy, sizes = started(), [1024, 16]
+    policy.plan(100)
+    if begin:
+        policy.begin([(32, 32), (4, 4)])
+    for end in ends:
+        rates = policy.relative_rates(2) or [1.0, 1.0]
+        policy.observe_end([-3.0 * x for x in rates], [end * 3.0 * x for x in rates], sizes, 1.0)
+    return policy
+
+
+def test_rates_after_the_first_steps_begin_with_those_of_the_first():
+    policy, without = with_first_rates(12 * [-0.2]), with_first_rates(12 * [-0.2], begin=False)
+    first = policy.relative_rates(2)
+    assert first[0] == 1 < first[1] and without.relative_rates(2) == []
+    for scale, end in ((first[1], 0.1), (first[1], -0.1)):
+        # What a parameter moves further by shows in its slope, and is not what the level sees.
+        policy.observe_end([], [end, end * scale], [1024, 16], 1.0)
+        without.observe_end([], [end, end], [1024, 16], 1.0)
+        if end > 0:
+            after = policy.relative_rates(2)
+            assert after[1] / after[0] == pytest.approx(first[1]) and without.relative_rates(2) == [1, 1]
+            policy.rates = first
+    assert policy.step_size == pytest.approx(without.step_size)
+
+
+def test_a_step_beyond_the_minimum_among_the_first_ends_first_rates():
+    assert with_first_rates([0.3]).relative_rates(2) != [], "of one step, that says little"
+    policy = with_first_rates([0.3, 0.3])
+    assert policy.overshot and policy.relative_rates(2) == []
+    loaded = CrossBatchPolicy()
+    loaded.load_state_dict(policy.state_dict())
+    assert loaded.relative_rates(2) == []
+    kept = with_first_rates([-0.2])
+    loaded.load_state_dict(kept.state_dict())
+    assert loaded.relative_rates(2) == kept.relative_rates(2) != []
 
 
 def test_relative_rates_follow_the_slopes_along_all_the_way():
     policy, moving = with_rates([0.2, 0.2, 0.2]), [[], []]
-    for step in range(40):
+    for step in range(25):
         rates = policy.relative_rates(3)
         # Single moves say the opposite.
         policy.observe_end([], [0.1, -0.1, 0.1], [1, 1, 1], 1.0, [-5.0, 5.0, 5.0 * (-1) ** step])
         for path, rate in zip(moving, rates[:2], strict=True):
             path.append(rate)
     assert moving == [sorted(moving[0]), sorted(moving[1], reverse=True)]
-    assert moving[0][-1] == pytest.approx(3**0.5, rel=0.2) and moving[1][-1] == 0.25, "bounded"
+    assert moving[0][-1] == pytest.approx(3**0.5, rel=0.2) and moving[1][-1] == pytest.approx(1 / 8), "bounded"
+
+
+def test_the_bound_of_relative_rates_narrows():
+    policy, reached = with_rates([0.2] * 20), {}
+    for _ in range(130):
+        bound = min(max(200 / max(policy.observations, 1), 2), 8)
+        policy.observe_end([], [0.1] * 20, [1] * 20, 1.0, [-5.0, *(19 * [0.1 * (-1) ** policy.observations])])
+        rates = policy.relative_rates(20)
+        assert max(*rates, 1 / min(rates)) <= bound * 2**0.25 * (1 + 1e-9), "to half a doubling"
+        reached[policy.observations] = max(rates)
+    assert [reached[k] for k in (50, 130)] == pytest.approx([4, 2])
 
 
 @pytest.mark.parametrize("ways", [[], [0.0, 0.0], [math.nan, math.inf]])
