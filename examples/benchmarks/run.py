@@ -631,6 +631,8 @@ STAGES: dict[str, list[tuple[Sequence[str], list[str], list[int], dict[str, Any]
         (["smollm2_lora"], ["lqa", *adamw("3e-3", "3e-3")], FRESH_SEEDS, {}),
         (["trec6"], ["lqa", *adamw("1e-4", "1e-4")], FRESH_SEEDS, {"max_steps": 1000}),
         (["smollm2"], ["lqa", *adamw("1e-4", "1e-4")], FRESH_SEEDS[:3], {}),
+        (["trec6_lora"], ["lqa", *adamw("1e-3", "3e-3")], FRESH_SEEDS, {}),
+        (["election"], ["lqa", *adamw("1e-4", "3e-4")], FRESH_SEEDS, {}),
     ],
     "held_out": [
         (["newsgroups", "election", "friends", "minilm_mlm"], ["lqa", *adamw("3e-5", "3e-3")], SEEDS, {}),
