@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .first_steps import FirstStepsPolicy, weights_of
+from .first_steps import FirstStepsPolicy, filled_up, weights_of
 from .policy import PaperPolicy, require
 from .quadratic import end_ratio
 
@@ -168,7 +168,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
             return
         # Parameters that were added later are without a scale.
         sizes = sizes[:known]
-        first = self._first(known)
+        first = filled_up(self.first_rates, known)
         ends = [end * was / rate for end, was, rate in zip(ends, first, self.rates or first, strict=False)]
         if self.observations == 0:
             self.settled = self.step_size
@@ -201,9 +201,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
         return math.sqrt(mean_square / (1 - self._DECAY**count))
 
     def relative_rates(self, count: int) -> list[float]:
-        if not self.rates:
-            return super().relative_rates(count)
-        return self.rates + [1.0] * (count - len(self.rates))
+        return filled_up(self.rates, count) if self.rates else super().relative_rates(count)
 
     def _set_trust(self, sizes: Sequence[int]) -> None:
         """How much votes count after the first steps. Each element does in a vote, so each does here."""
@@ -217,7 +215,7 @@ class CrossBatchPolicy(FirstStepsPolicy):
             min(max(-end / start, self._LEAST_LEFT), 1.0) if start else 1.0
             for start, end in zip(self.start_sums, self.end_sums, strict=True)
         ]
-        first = self._first(len(left))
+        first = filled_up(self.first_rates, len(left))
         self.log_rates = [self._RATE_POWER * math.log(x) + math.log(rate) for x, rate in zip(left, first, strict=True)]
         self.mean_squares = [0.0] * len(left)
         self._balance(sizes)

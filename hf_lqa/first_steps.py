@@ -150,10 +150,7 @@ class FirstStepsPolicy(PaperPolicy):
         self.first_rates = rates if any(rate != 1 for rate in rates) else []
 
     def relative_rates(self, count: int) -> list[float]:
-        return self._first(count) if self.first_rates else []
-
-    def _first(self, count: int) -> list[float]:
-        return self.first_rates + [1.0] * (count - len(self.first_rates))
+        return filled_up(self.first_rates, count) if self.first_rates else []
 
     def _rounded(self, log_rates: Sequence[float]) -> list[float]:
         steps = self._RATES_TO_A_DOUBLING / math.log(2)
@@ -276,6 +273,11 @@ class FirstStepsPolicy(PaperPolicy):
 
 def _averaged(average: Sequence[float], new: Sequence[float], decay: float) -> list[float]:
     return [decay * old + (1 - decay) * x for old, x in zip(average, new, strict=True)]
+
+
+def filled_up(rates: list[float], count: int) -> list[float]:
+    """Relative rates of `count` parameters: 1 for those that `rates` do not know."""
+    return rates + [1.0] * (count - len(rates))
 
 
 def weights_of(sizes: Sequence[int]) -> list[float]:
