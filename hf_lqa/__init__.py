@@ -1,6 +1,7 @@
 """Fine-tuning without choosing a learning rate: local quadratic approximation (LQA) for Transformers and PyTorch."""
 
-from .optimizer import LQA, ProbeRecord
+from .checkpoint import ProbeRecord
+from .optimizer import LQA
 from .quadratic import Fit, Verdict, fit_losses, fit_slopes
 from .registration import register
 from .replay import ReplayedLoss

@@ -2,72 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint import BEGINNING_KEY, SNAPSHOT_KEY, Move, ProbeRecord, packed, take_snapshot, unpacked
+from .closures import Caller, KnownLoss
 from .cross_batch import POLICIES
 from .direction import Direction, rescaled, with_gradient
+from .gradients import GradientWatch, total
 from .policy import PaperPolicy
 from .quadratic import Fit, Verdict, fit_losses
-from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
+from .slopes import Snapshot, full, mean_over_ranks, observed
 
-#: Keys under which LQA's state travels in the base optimizer's `state_dict`.
-_GROUP_KEY, _SNAPSHOT_KEY, _BEGINNING_KEY = "lqa", "lqa_snapshot", "lqa_beginning"
-
-
-@dataclass(frozen=True)
-class ProbeRecord:
-    """What one probe measured. Losses are NaN where they were not taken.
-
-    Attributes:
-        step: the optimizer step at which it was taken, counted from 0.
-        radius: the probe radius in units of the direction.
-        loss_minus, loss_center, loss_plus: losses at ``-radius``, 0 and ``radius`` along the direction.
-        fit: the parabola through them.
-    """
-
-    step: int
-    radius: float
-    loss_minus: float
-    loss_center: float
-    loss_plus: float
-    fit: Fit
-
-
-@dataclass
-class _Move:
-    """A step whose end slopes are still to be measured, or to be learned from.
-
-    Attributes:
-        step_size: as it was applied; 0 where there was no such step.
-        factor: what multiplied the level in it, schedule and ramp.
-        places: which of the optimizer's parameters it moved and are observed.
-        starts: slopes of each at its start, on its own batch, or nothing; read from the device together with `ends`.
-        ends: slopes of each at its end, on the next batch; `None` until measured.
-        ways: with them, slopes along all the way from the beginning, of the parameters that were observed there; none
-            with `starts`.
-        vote: with them, see `Snapshot.vote`; 0 where the policy does not ask for it.
-    """
-
-    step_size: float = 0.0
-    factor: float = 0.0
-    places: list[int] = field(default_factory=list)
-    starts: Tensor | list[float] = field(default_factory=list)
-    ends: list[float] | None = None
-    ways: list[float] = field(default_factory=list)
-    vote: float = 0.0
-
-    @property
-    def awaits_ends(self) -> bool:
-        return self.step_size > 0 and self.ends is None
+#: The first probe at most, where it contradicts the gradients that its radius is of.
+_MAX_TRIES = 5
 
 
 class LQA(torch.optim.Optimizer):
@@ -80,10 +34,15 @@ class LQA(torch.optim.Optimizer):
         closure.record(compute_loss, batch).backward()
         optimizer.step(closure)
 
-    A step moves parameter ``i`` by ``step_size * rate_i * lr_g * d``, where ``d`` is the base optimizer's update at
-    unit learning rate, ``rate_i`` the policy's relative rate, about 1, and ``lr_g`` the group's ``lr``, a *multiplier*:
-    1.0 by default, scaled by learning-rate schedulers, different between groups if some should learn slower. On steps
-    without a probe this is ``base.step()`` with the learning rate ``step_size * rate_i * lr_g`` and nothing else.
+    A group's ``lr`` is a *multiplier*: 1.0 by default, scaled by learning-rate schedulers, different between groups if
+    some should learn slower. A step moves parameter ``i`` of group ``g`` by
+
+        step_size * rate_i * (lr_g / max lr) * d            step_size = level * ramp * max lr / unit
+
+    where ``d`` is the base optimizer's update at unit learning rate, ``rate_i`` the policy's relative rate, about 1,
+    and ``max lr`` the largest multiplier at this step. ``unit`` is the largest one before schedules, when the first
+    level is measured, but at least 1: multipliers of 1 and 16 are those of 1/16 and 1. On steps without a probe this
+    is ``base.step()`` at that learning rate, if all gradients are finite, and nothing else.
 
     Args:
         base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
@@ -92,7 +51,8 @@ class LQA(torch.optim.Optimizer):
         options: the policy's arguments, see `hf_lqa.policy`, `hf_lqa.first_steps` and `hf_lqa.cross_batch`.
 
     Attributes:
-        step_size: the step size last applied, in units of the direction, schedule included; `None` before any.
+        step_size: the step size last applied, in units of the direction, schedule included: that of the group with the
+            largest multiplier. `None` before any.
         last_fit: the `Fit` of the last probe, `None` before any.
         last_probe: its `ProbeRecord`.
         last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the direction; the last
@@ -129,6 +89,8 @@ class LQA(torch.optim.Optimizer):
         )
         #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
+        #: Whether norms that `observe_clipping` is told are those of all gradients, which are then not looked at again.
+        self.told_norm_is_whole = False
         #: Wall-clock time spent in probes.
         self.probe_seconds = 0.0
         # Weights before the last step, and before the first.
@@ -136,7 +98,11 @@ class LQA(torch.optim.Optimizer):
         self._beginning: Snapshot | None = None
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
-        self._move = _Move()
+        self._move = Move()
+        self._largest_lr = max(1.0, _largest_lr(base))
+        self._watch = GradientWatch([p for group in base.param_groups for p in group["params"]])
+        self._caller = Caller()
+        self._warned_of_no_gradient = False
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
@@ -203,59 +169,91 @@ class LQA(torch.optim.Optimizer):
     def observe_clipping(self, grad_norm: Tensor | float, max_norm: float) -> None:
         """Tell the next `step` that its gradients had the norm `grad_norm` and were then clipped to `max_norm`.
 
-        With it slopes are those of the loss, not of the clipped gradients; and gradients with a norm that is not
-        finite are not applied.
+        With it slopes are those of the loss, not of the clipped gradients. Without it what clipping does is found by
+        comparing gradients with what they were at the end of the backward pass, which costs a little more.
         """
         self._clipping = grad_norm, max_norm
+        self._watch.stop()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
-        """Advance the base optimizer once, at the step size that was measured.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Advance the base optimizer once, at the step size that was measured, unless a gradient is not finite.
 
         Args:
-            closure: returns the loss at the present weights as a 0-dim tensor, without gradient and the same whenever
-                it is called at the same weights (`ReplayedLoss` makes one). If it has an attribute ``loss``, that is
-                taken for the loss at the origin. Called on probe steps only. A closure that raises leaves everything
-                as it was before the step.
+            closure: one of two kinds.
+
+                - It returns the loss at the present weights as a 0-dim tensor, without gradient and the same whenever
+                  it is called at the same weights (`ReplayedLoss` makes one). If it has an attribute ``loss``, that is
+                  taken for the loss at the origin. Called on probe steps only.
+                - PyTorch's convention: it clears the gradients, calls ``backward`` and returns the loss. Called once at
+                  every step, and twice more on probe steps, with the same random numbers and nothing left of it.
+
+                A closure that raises leaves everything as it was before the step.
+
+        Returns:
+            What the closure returned, or its ``loss``; `None` where that is not known.
 
         Raises:
-            ValueError: no closure, and nothing was ever measured.
+            ValueError: no closure, and nothing was ever measured; or a closure that cannot be called.
         """
         closure = closure if closure is not None else self._armed
-        lr = [float(group["lr"]) for group in self.param_groups]
-        multiplier = max(lr)
-        if multiplier <= 0 or all(p.grad is None for p in self._params):
-            # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
-            self.base.step()
-            self.step_size = 0.0
-            self._disarm()
-            return
-        if self.policy.step_size is None and not isinstance(self.base, torch.optim.SGD):
-            # What shapes say holds for directions whose elements are alike, as AdamW's; gradients are not.
-            self.policy.begin([p.shape if p.requires_grad else () for p in self._params])
+        wants_probe = self.wants_probe
+        returned, closure, asked = self._call(closure, wants_probe)
+        self._watch.close()
+        params = self._params
+        if all(p.grad is None for p in params):
+            if closure is not None and not self._warned_of_no_gradient:
+                self._warned_of_no_gradient = True
+                warnings.warn(
+                    "step(closure): no parameter of the optimizer has a gradient, so nothing moves. Call"
+                    " loss.backward() before step(), or in the closure",
+                    stacklevel=4,
+                )
+            self._stand()
+            return returned
+        multiplier = max(float(group["lr"]) for group in self.param_groups)
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
-        norm, slopes, move = 0.0, [], self._move
+        numbers: list[Any] = [observed_norm]
+        if self._clipping is None or not self.told_norm_is_whole:
+            numbers += [self._watch.change, total(params)]
+        if multiplier <= 0:
+            # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
+            if all(map(math.isfinite, self._read(*numbers))):
+                self._stand()
+            else:
+                self._skip(counted=False)
+            return returned
+        if self.policy.step_size is None:
+            self._largest_lr = max(self._largest_lr, _largest_lr(self.base))
+            if not isinstance(self.base, torch.optim.SGD):
+                # What shapes say holds for directions whose elements are alike, as AdamW's; gradients are not.
+                self.policy.begin([p.shape if p.requires_grad else () for p in params])
+        told, slopes, move = len(numbers), [], self._move
         if self._snapshot is not None and move.awaits_ends:
+            before = self._watch.gradients(told > 1 and numbers[1])
             along: Tensor | list[float] = []
             vote: Tensor | float = 0.0
             if self._beginning is not None and not len(move.starts):  # in the first steps it is not asked for
-                along = self._beginning.slopes()
+                along = self._beginning.slopes(before)
                 vote = self._beginning.vote() if self.policy.wants_vote else 0.0
-            norm, move.vote, *slopes = self._read(observed_norm, vote, move.starts, along, self._snapshot.slopes())
-        elif self._clipping is not None:
-            (norm,) = self._read(observed_norm)
+            numbers += [vote, move.starts, along, self._snapshot.slopes(before)]
+        numbers = self._read(*numbers)
+        change = numbers[1] if told > 1 else 0.0
+        if len(numbers) > told:
+            move.vote, *slopes = numbers[told:]
         first, last = len(move.starts), len(slopes) - len(move.places)
         starts, ways, ends = slopes[:first], slopes[first:last], slopes[last:]
-        if not all(map(math.isfinite, (norm, *ends))):
+        if not all(map(math.isfinite, (*numbers[:told], *ends))):
             self._skip()
-            return
-        clip = min(1.0, max_norm / (norm + 1e-6))
+            return returned
+        clip = min(1.0, max_norm / (numbers[0] + 1e-6))
         if ends:
-            move.starts, move.ends = starts, [end / move.step_size / clip for end in ends]
-            move.ways = [way / clip for way in ways]
+            share = clip / self._watch.scale
+            move.starts, move.ends = starts, [end / move.step_size / share for end in ends]
+            move.ways = [way / share for way in ways]
         probe = None
-        if self.wants_probe:
+        if wants_probe:
             if closure is None and self.policy.step_size is None:
                 raise ValueError(
                     "step() was called without a closure before any step size was measured: pass a closure that"
@@ -264,15 +262,16 @@ class LQA(torch.optim.Optimizer):
             if closure is not None:
                 begun = time.perf_counter()
                 with rescaled(self.base, 1 / multiplier, self.relative_rates):
-                    probe, slope = self._probe(closure, clip)
+                    probe, slope = self._measure(closure, clip, change)
                 self.probe_seconds += time.perf_counter() - begun
+                self.counts["probe_forwards"] += asked
                 if not math.isfinite(slope):
                     self._skip()
-                    return
+                    return returned
         if move.ends is not None:
             assert isinstance(move.starts, list)
-            self.last_end_slope, self._move = sum(move.ends), _Move()
-            sizes = [p.numel() for p in self._params]
+            self.last_end_slope, self._move = sum(move.ends), Move()
+            sizes = [p.numel() for p in params]
             starts = _spread(move.starts, move.places, len(sizes), 0.0)
             ends = _spread(move.ends, move.places, len(sizes), math.nan)
             ways = _spread(move.ways, self._beginning.places, len(sizes), 0.0) if self._beginning is not None else []
@@ -281,12 +280,60 @@ class LQA(torch.optim.Optimizer):
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
             self.policy.observe_probe(probe.fit, probe.radius)
-        self._advance(multiplier, clip)
+        self._advance(multiplier, clip, change)
         if not self.wants_probe:
             self._origin = [], []
         self._disarm()
+        return returned
 
-    def _probe(self, closure: Callable[[], Tensor], clip: float) -> tuple[ProbeRecord, float]:
+    def _call(
+        self, closure: Callable[[], Any] | None, wants_probe: bool
+    ) -> tuple[Any, Callable[[], Tensor] | None, int]:
+        """What `closure` returned, if it is called; one for the probe; the number of probe forwards that this took."""
+        if closure is not None and not callable(closure):
+            raise ValueError(
+                f"step(closure={closure!r}): it must be callable and return the loss, e.g. hf_lqa.ReplayedLoss, or a"
+                " function that calls backward and returns the loss"
+            )
+        known = getattr(closure, "loss", None)
+        kind = self._caller.backpropagates
+        if closure is None or known is not None or (kind is False and not wants_probe):
+            return known, closure, 0
+        if kind is False:
+            returned = closure()
+            return returned, KnownLoss(closure, returned), 1
+        if kind is None and not wants_probe and any(p.grad is not None for p in self._params):
+            return None, closure, 0
+        returned, probed = self._caller.call(closure, self._params, wants_probe)
+        return returned, probed, 0 if self._caller.backpropagates or probed is None else 1
+
+    def _measure(self, closure: Callable[[], Tensor], clip: float, change: float) -> tuple[ProbeRecord, float]:
+        """A probe, taken again where the first one contradicts the slope that its radius is of."""
+        first = self.policy.step_size is None and self._clipping is None
+        watch, forwards = self._watch.state_dict(), self.counts["probe_forwards"]
+        try:
+            for _ in range(_MAX_TRIES):
+                before = self._watch.gradients(change)
+                probe, slope = self._probe(closure, clip, before)
+                if not (first and self._watch.contradicted(probe.fit, slope, bool(before))):
+                    break
+        except BaseException:
+            self._watch.load_state_dict(watch)
+            self.counts["probe_forwards"] = forwards
+            raise
+        if first and self._watch.scale != 1 and not change:
+            warnings.warn(
+                f"The gradients' slope is {1 / self._watch.scale:.2g} of the slope of the loss that the first probe"
+                " measured: gradients are clipped or scaled within the backward pass, or the closure's loss is another"
+                " one than was back-propagated. The probe's slope is used. Clip after the backward pass, e.g. by"
+                " torch.nn.utils.clip_grad_norm_, or tell norm and limit: optimizer.observe_clipping(norm, max_norm)",
+                stacklevel=5,
+            )
+        return probe, slope
+
+    def _probe(
+        self, closure: Callable[[], Tensor], clip: float, before: dict[Tensor, Tensor]
+    ) -> tuple[ProbeRecord, float]:
         """Measure along the base optimizer's direction: (record, ``<gradient, direction>``)."""
         # What a step started from is not needed any more; a probe has its own.
         self._snapshot = None
@@ -294,7 +341,7 @@ class LQA(torch.optim.Optimizer):
         direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
-        center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
+        center, slope = self._read(closure() if known is None else known, self._watch.slope(direction, before) / clip)
         forwards = 0 if known is not None else 1
         radius = self.policy.radius(center, slope)
         minus = plus = math.nan
@@ -337,31 +384,44 @@ class LQA(torch.optim.Optimizer):
             self._beginning.take()
         return self._snapshot
 
-    def _advance(self, multiplier: float, clip: float) -> None:
-        """`base.step()` at rates ``level * factor * rate_i * lr``; `clip` is by what the gradients were scaled."""
+    def _advance(self, multiplier: float, clip: float, change: float) -> None:
+        """`base.step()` at rates ``level * factor * rate_i * lr / unit``; `clip` and `change` are the gradients'."""
         step, level = self.counts["steps"], self.policy.step_size or 0.0
         factor = self.policy.factor(step)
-        scale = level * factor
+        scale, share = level * factor / self._largest_lr, multiplier / self._largest_lr
         snapshot = self._take_snapshot() if scale > 0 and self.policy.wants_end_slope(step) else None
         with rescaled(self.base, scale, self.relative_rates):
             self.base.step()
+        self.step_size = scale * multiplier
         if snapshot is not None:
-            step_size = scale * multiplier
             starts: Tensor | list[float] = []
             if self.policy.wants_start_slope(step):
-                starts = snapshot.slopes() / (step_size * clip)
-            self._move = _Move(step_size, factor * multiplier, snapshot.places, starts)
-        self.step_size = scale * multiplier
+                slopes = snapshot.slopes(self._watch.gradients(change))
+                starts = slopes / (self.step_size * clip / self._watch.scale)
+            self._move = Move(self.step_size, factor * share, snapshot.places, starts)
         self.counts["steps"] = step + 1
 
-    def _skip(self) -> None:
-        """Leave weights and base optimizer alone: the gradient is not finite."""
-        self.counts["steps"] += 1
+    def _stand(self) -> None:
+        """Let the base optimizer step where nothing is to move."""
+        self.base.step()
+        self.step_size = 0.0
+        self._disarm()
+
+    def _skip(self, counted: bool = True) -> None:
+        """Leave weights and base optimizer alone: a gradient is not finite. `counted`: among the steps."""
+        self.counts["steps"] += counted
         self.counts["skipped"] += 1
         self._disarm()
 
     def _disarm(self) -> None:
         self._armed = self._clipping = None
+        self._await_gradients()
+
+    def _await_gradients(self) -> None:
+        """Look at the next backward pass if its gradients' slopes will be asked for."""
+        step = self.counts["steps"]
+        slopes = self._move.awaits_ends or self.policy.wants_start_slope(step)
+        self._watch.open(self._params, slopes, self.wants_probe)
 
     def _read(self, *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
@@ -384,33 +444,22 @@ class LQA(torch.optim.Optimizer):
         began with, and those from before a step whose end slope is still to be measured, travel with the state of the
         parameters.
         """
-        state_dict = self.base.state_dict()
         own = {
             "policy": self.policy.state_dict(),
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
-            "move": {**vars(self._move), "starts": torch.as_tensor(self._move.starts).tolist()},
+            "move": self._move.to_plain(),
             "beginning": self._beginning.places if self._beginning is not None else [],
-            "probe": None if self.last_probe is None else _to_plain(self.last_probe),
+            "probe": None if self.last_probe is None else self.last_probe.to_plain(),
+            "largest_lr": self._largest_lr,
+            "gradients": self._watch.state_dict(),
+            "backpropagates": self._caller.backpropagates is True,
         }
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        # One string: checkpoints of sharded optimizers take dicts apart and load only keys that a fresh optimizer has.
-        groups[0][_GROUP_KEY] = json.dumps(own)
-        state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-        kept: dict[str, dict[int, Tensor]] = {_SNAPSHOT_KEY: {}, _BEGINNING_KEY: {}}
-        if self._snapshot is not None and self._move.awaits_ends:
-            kept[_SNAPSHOT_KEY] = dict(zip(self._snapshot.places, self._snapshot.values, strict=True))
-        if self._beginning is not None:
-            kept[_BEGINNING_KEY] = dict(zip(self._beginning.places, self._beginning.values, strict=True))
-        for i, p in enumerate(self._params):
-            for key, values in kept.items():
-                if i in values:
-                    state.setdefault(i, {})[key] = values[i]
-                elif is_sharded(p) and p.requires_grad:
-                    # For the same reason sharded parameters have both always.
-                    state.setdefault(i, {})[key] = torch.zeros_like(p, requires_grad=False)
-        return {**state_dict, "state": state, "param_groups": groups}
+        pending = self._snapshot if self._move.awaits_ends else None
+        return packed(
+            self.base.state_dict(), own, self._params, {SNAPSHOT_KEY: pending, BEGINNING_KEY: self._beginning}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -418,29 +467,27 @@ class LQA(torch.optim.Optimizer):
         Raises:
             ValueError: it was saved by an optimizer other than LQA.
         """
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        own = groups[0].pop(_GROUP_KEY, None) if groups else None
-        if own is None:
-            raise ValueError(
-                f"state_dict['param_groups'][0] has no {_GROUP_KEY!r}: it was saved by another optimizer than LQA."
-                " Start without the optimizer's checkpoint, or load it into the base optimizer"
-            )
-        own = json.loads(own)
-        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        base, own = unpacked(state_dict)
+        self.base.load_state_dict(base)
         self.policy.load_state_dict(own["policy"])
         self.counts.update(own["counts"])
         self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
-        self.last_probe = None if own["probe"] is None else _from_plain(own["probe"])
-        self._move = _Move(**own["move"])
-        self._snapshot = self._take_values(_SNAPSHOT_KEY, self._move.places if self._move.awaits_ends else [])
-        self._beginning = self._take_values(_BEGINNING_KEY, own["beginning"])
+        self.last_probe = None if own["probe"] is None else ProbeRecord.from_plain(own["probe"])
+        self._move, params = Move(**own["move"]), self._params
+        self._snapshot = take_snapshot(
+            self.state, SNAPSHOT_KEY, params, self._move.places if self._move.awaits_ends else []
+        )
+        self._beginning = take_snapshot(self.state, BEGINNING_KEY, params, own["beginning"])
+        # Checkpoints of version 0.1.0 have none of these.
+        self._largest_lr = own.get("largest_lr", 1.0)
+        self._watch.load_state_dict(own.get("gradients", self._watch.state_dict()))
+        self._caller.backpropagates = own.get("backpropagates") or None
+        self._await_gradients()
 
-    def _take_values(self, key: str, places: list[int]) -> Snapshot | None:
-        """What the state holds under `key` of the parameters at `places`; none if there are none."""
-        # Cast and placed by the base's load_state_dict like its own state.
-        values = {p: s.pop(key) for p, s in self.state.items() if key in s}
-        params = self._params
-        return Snapshot(params, places, [values[params[i]] for i in places]) if places else None
+
+def _largest_lr(base: torch.optim.Optimizer) -> float:
+    """The largest multiplier of all param groups, schedules left out: these note what they begin or end with."""
+    return max(float(group.get(key, 0.0)) for group in base.param_groups for key in ("lr", "initial_lr", "max_lr"))
 
 
 def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:
@@ -455,17 +502,6 @@ def _spread(values: list[float], places: list[int], count: int, rest: float) -> 
     """A list of `count` numbers with `values` at `places`, and `rest` elsewhere; nothing if there are no values."""
     at = dict(zip(places, values, strict=False))
     return [at.get(i, rest) for i in range(count)] if values else []
-
-
-def _to_plain(probe: ProbeRecord) -> dict[str, Any]:
-    plain = asdict(probe)
-    plain["fit"]["verdict"] = probe.fit.verdict.value
-    return plain
-
-
-def _from_plain(plain: dict[str, Any]) -> ProbeRecord:
-    fit = Fit(**{**plain["fit"], "verdict": Verdict(plain["fit"]["verdict"])})
-    return ProbeRecord(**{**plain, "fit": fit})
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

@@ -113,11 +113,11 @@ class PaperPolicy:
         return bound if bound > 0 else math.inf
 
     def observe_probe(self, fit: Fit, radius: float) -> None:
-        """Take the fit of a probe at `radius`."""
+        """Take the fit of a probe at `radius`; NaN where there was none, as where the gradient is 0."""
         self._adapt_radius(fit)
         if fit.step_size:
             self.step_size = fit.step_size
-        elif self.step_size is None and fit.verdict is not Verdict.NON_FINITE:
+        elif self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
             self.step_size = radius
 
     def observe_end(

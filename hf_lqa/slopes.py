@@ -205,7 +205,7 @@ def is_sampled(tensor: Tensor) -> bool:
     return tensor.dim() > 1 and tensor.shape[0] >= _MANY_ROWS and tensor.numel() >= large and not is_sharded(tensor)
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def sample(tensor: Tensor) -> Tensor:
     """Every eighth row; shares the tensor's memory, unless it is sparse."""
     if tensor.is_sparse:
         return tensor.index_select(0, torch.arange(0, tensor.shape[0], _EVERY, device=tensor.device))
@@ -233,7 +233,7 @@ class Snapshot:
         self.values = values
 
     def _observed(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [_sample(t) if cut else t for t, cut in zip(tensors, self._sampled, strict=True)]
+        return [sample(t) if cut else t for t, cut in zip(tensors, self._sampled, strict=True)]
 
     @torch.no_grad()
     def take(self) -> None:
@@ -244,12 +244,18 @@ class Snapshot:
                 torch._foreach_copy_([values[i] for i in places], [weights[i] for i in places])
 
     @torch.no_grad()
-    def slopes(self) -> Tensor:
+    def slopes(self, before: dict[Tensor, Tensor] | None = None) -> Tensor:
         """``<gradient, theta - values>`` of each parameter with gradients and weights as they are now, see `dot`.
 
         1-dim, equal on all ranks that hold equal values; 0 for a parameter whose gradient is missing.
+
+        Args:
+            before: of parameters, what takes the place of what is observed of their gradients.
         """
         gradients = self._gradients()
+        if before:
+            found = [before.get(p, now) for p, now in zip(self.params, gradients, strict=True)]
+            gradients = [b if b.shape == now.shape else now for b, now in zip(found, gradients, strict=True)]
         weights = self._observed(self.params)
         return _shares(gradients, _products(local(gradients), local(weights), local(self.values)))
 

@@ -1,0 +1,123 @@
+"""What LQA adds to the base optimizer's `state_dict`, and how it is found there again.
+
+Numbers stand in the first param group as one string: checkpoints of sharded optimizers take dicts apart and load only
+keys that a fresh optimizer has. Weights travel with the state of the parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quadratic import Fit, Verdict
+from .slopes import Snapshot, is_sharded
+
+#: Keys under which LQA's state travels in the base optimizer's `state_dict`.
+GROUP_KEY, SNAPSHOT_KEY, BEGINNING_KEY = "lqa", "lqa_snapshot", "lqa_beginning"
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """What one probe measured. Losses are NaN where they were not taken.
+
+    Attributes:
+        step: the optimizer step at which it was taken, counted from 0.
+        radius: the probe radius in units of the direction.
+        loss_minus, loss_center, loss_plus: losses at ``-radius``, 0 and ``radius`` along the direction.
+        fit: the parabola through them.
+    """
+
+    step: int
+    radius: float
+    loss_minus: float
+    loss_center: float
+    loss_plus: float
+    fit: Fit
+
+    def to_plain(self) -> dict[str, Any]:
+        plain = asdict(self)
+        plain["fit"]["verdict"] = self.fit.verdict.value
+        return plain
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> ProbeRecord:
+        return cls(**{**plain, "fit": Fit(**{**plain["fit"], "verdict": Verdict(plain["fit"]["verdict"])})})
+
+
+@dataclass
+class Move:
+    """A step whose end slopes are still to be measured, or to be learned from.
+
+    Attributes:
+        step_size: as it was applied; 0 where there was no such step.
+        factor: what multiplied the level in it, schedule and ramp.
+        places: which of the optimizer's parameters it moved and are observed.
+        starts: slopes of each at its start, on its own batch, or nothing; read from the device together with `ends`.
+        ends: slopes of each at its end, on the next batch; `None` until measured.
+        ways: with them, slopes along all the way from the beginning, of the parameters that were observed there; none
+            with `starts`.
+        vote: with them, see `Snapshot.vote`; 0 where the policy does not ask for it.
+    """
+
+    step_size: float = 0.0
+    factor: float = 0.0
+    places: list[int] = field(default_factory=list)
+    starts: Tensor | list[float] = field(default_factory=list)
+    ends: list[float] | None = None
+    ways: list[float] = field(default_factory=list)
+    vote: float = 0.0
+
+    @property
+    def awaits_ends(self) -> bool:
+        return self.step_size > 0 and self.ends is None
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**vars(self), "starts": torch.as_tensor(self.starts).tolist()}
+
+
+def packed(
+    state_dict: dict[str, Any], own: dict[str, Any], params: list[Tensor], snapshots: dict[str, Snapshot | None]
+) -> dict[str, Any]:
+    """The base optimizer's `state_dict` with LQA's `own` numbers in it, and with the weights of `snapshots` by key."""
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    groups[0][GROUP_KEY] = json.dumps(own)
+    state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
+    kept = {
+        key: dict(zip(snapshot.places, snapshot.values, strict=True)) if snapshot is not None else {}
+        for key, snapshot in snapshots.items()
+    }
+    for i, p in enumerate(params):
+        for key, values in kept.items():
+            if i in values:
+                state.setdefault(i, {})[key] = values[i]
+            elif is_sharded(p) and p.requires_grad:
+                # A fresh optimizer must have the keys: sharded parameters have both always.
+                state.setdefault(i, {})[key] = torch.zeros_like(p, requires_grad=False)
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def unpacked(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The base optimizer's `state_dict`, still with the kept weights in it, and LQA's own numbers.
+
+    Raises:
+        ValueError: it was saved by an optimizer other than LQA.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    own = groups[0].pop(GROUP_KEY, None) if groups else None
+    if own is None:
+        raise ValueError(
+            f"state_dict['param_groups'][0] has no {GROUP_KEY!r}: it was saved by another optimizer than LQA."
+            " Start without the optimizer's checkpoint, or load it into the base optimizer"
+        )
+    return {**state_dict, "param_groups": groups}, json.loads(own)
+
+
+def take_snapshot(state: dict[Tensor, Any], key: str, params: list[Tensor], places: list[int]) -> Snapshot | None:
+    """What the base optimizer's `state` holds under `key` of the parameters at `places`, taken out of it."""
+    # Cast and placed by the base's load_state_dict like its own state.
+    values = {p: s.pop(key) for p, s in state.items() if key in s}
+    return Snapshot(params, places, [values[params[i]] for i in places]) if places else None

@@ -1,0 +1,118 @@
+"""Closures of PyTorch's convention, which clear gradients, compute the loss, and call ``backward`` themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .replay import ReplayedLoss
+
+
+class KnownLoss:
+    """A closure whose loss at the origin is known: `loss`."""
+
+    def __init__(self, closure: Callable[[], Tensor], loss: Any):
+        self._closure = closure
+        self.loss = torch.as_tensor(loss).detach().reshape(())
+        self.relative_noise: float | None = getattr(closure, "relative_noise", None)
+
+    def __call__(self) -> Tensor:
+        return torch.as_tensor(self._closure()).detach().reshape(())
+
+
+class Caller:
+    """Calls a closure for its loss and its gradients, and makes of it one that can be called for the loss alone.
+
+    Whether it calls ``backward`` is seen by what it does to the gradients.
+
+    Attributes:
+        backpropagates: whether closures do; `None` until one was called.
+    """
+
+    def __init__(self) -> None:
+        self.backpropagates: bool | None = None
+        # What ran in closures so far: their buffers and gradients are kept in a probe.
+        self._modules: list[nn.Module] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backpropagates": self.backpropagates, "_modules": []}
+
+    def call(
+        self, closure: Callable[[], Any], params: list[Tensor], probe: bool
+    ) -> tuple[Any, Callable[[], Tensor] | None]:
+        """What the closure returned, and a closure for the probe that is due; `None` if none is, or there is no loss.
+
+        The latter computes the loss again with the same random numbers, and leaves gradients and buffers as they are.
+
+        Args:
+            closure: is called once, with gradient. If it raises, gradients are what they were.
+            params: the optimizer's.
+            probe: whether a probe is due.
+
+        Raises:
+            ValueError: a probe is due, and the closure called ``backward`` and returned no loss.
+        """
+        kept = [p.grad for p in params]
+        versions = [g._version if g is not None else 0 for g in kept]
+        model = nn.ModuleList([nn.ParameterList(params), *self._modules])
+        replay = ReplayedLoss(model)
+        surroundings = replay.surroundings() if probe else None
+        try:
+            with torch.enable_grad(), self._noted(model) if probe else nullcontext():
+                returned = closure()
+        except BaseException:
+            for p, gradient in zip(params, kept, strict=True):
+                p.grad = gradient
+            raise
+        if all(
+            p.grad is was and (was is None or was._version == version)
+            for p, was, version in zip(params, kept, versions, strict=True)
+        ):
+            if any(g is not None for g in kept):
+                self.backpropagates = False
+            return returned, KnownLoss(closure, returned) if probe and returned is not None else None
+        self.backpropagates = True
+        if surroundings is None:
+            return returned, None
+        if returned is None:
+            raise ValueError(
+                f"closure={closure!r} called backward and returned None: a probe compares losses, so it must return the"
+                " loss, as closures of torch.optim do"
+            )
+        leaves = list(dict.fromkeys([*params, *model.parameters()]))
+
+        def again() -> Tensor:
+            gradients = [p.grad for p in leaves]
+            for p in leaves:
+                p.grad = None
+            try:
+                with torch.enable_grad():
+                    return torch.as_tensor(closure()).detach()
+            finally:
+                for p, gradient in zip(leaves, gradients, strict=True):
+                    p.grad = gradient
+
+        replay.add(again, surroundings, torch.as_tensor(returned).detach())
+        return returned, replay
+
+    @contextmanager
+    def _noted(self, model: nn.ModuleList) -> Iterator[None]:
+        """Append to `model` the modules that run in the body."""
+        inside = set(model.modules())
+
+        def note(module: nn.Module, _: Any) -> None:
+            if module not in inside:
+                inside.update(module.modules())
+                model.append(module)
+                self._modules.append(module)
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
