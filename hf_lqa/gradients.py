@@ -24,6 +24,8 @@ from .slopes import _products, is_sampled, local_part, observed, sample
 _AGREE = 1.5
 #: Where nothing in the gradients was seen to change, it takes more to doubt them.
 _CONTRADICT = 2.0
+#: By so much a scale is taken back that left the losses' differences below their rounding errors.
+_NEARER = 4.0
 
 
 @torch.no_grad()
@@ -155,7 +157,12 @@ class GradientWatch:
 
     @property
     def change(self) -> Tensor | float:
-        """Above 0 if gradients were changed since the end of the last backward pass, else 0."""
+        """Above 0 if gradients were changed since the end of the last backward pass, else 0.
+
+        In a loop that has changed them before, as if it always did: what was kept is right at any rate.
+        """
+        if self.changed and self._noted:
+            return 1.0
         if any(p.grad is not gradient or gradient._version != at for p, (gradient, at) in self._noted.items()):
             return 1.0
         if not self._noted or not self._keeping:
@@ -199,20 +206,21 @@ class GradientWatch:
             slope: the gradient's, as `slope` said.
             replaced: whether it was that of a gradient from before the loop's changes.
         """
-        if fit.verdict is Verdict.BELOW_NOISE and replaced:
-            # A radius that is far too small: the loss was scaled, and the gradient before the changes is not its own.
+        drowned = fit.verdict is Verdict.BELOW_NOISE
+        unknown = drowned or fit.verdict is Verdict.NON_FINITE or not (fit.slope < 0 and slope < 0)
+        steeper = math.nan if unknown else fit.slope / slope
+        if self.scale != 1 and drowned:
+            self.scale /= _NEARER
+            return True
+        if self.scale == 1 and replaced and (drowned or steeper < 1 / _AGREE):
+            # Divided by a loss scale, perhaps: the gradient before the changes is not the loss's own.
             self.before, self._first_slope = False, slope
             return True
-        if fit.verdict in (Verdict.BELOW_NOISE, Verdict.NON_FINITE) or not (fit.slope < 0 and slope < 0):
+        agree = _AGREE if self.changed or self.scale != 1 else _CONTRADICT
+        if unknown or 1 / agree <= steeper <= agree or (steeper < 1 and self.scale == 1):
             return False
-        steeper = fit.slope / slope
-        if replaced and steeper < 1 / _AGREE:
-            self.before, self._first_slope = False, slope
-            return True
-        if steeper <= (_AGREE if self.changed else _CONTRADICT):
-            return False
-        if self._first_slope and not self.before:
-            # Neither of both: it was scaled, and clipped besides.
+        if self.scale == 1 and self._first_slope and not self.before:
+            # Neither of both: divided by a loss scale, and clipped.
             self.before, self.scale = True, fit.slope / self._first_slope
         else:
             self.scale *= steeper

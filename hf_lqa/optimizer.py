@@ -21,7 +21,7 @@ from .quadratic import Fit, Verdict, fit_losses
 from .slopes import Snapshot, full, mean_over_ranks, observed
 
 #: The first probe at most, where it contradicts the gradients that its radius is of.
-_MAX_TRIES = 5
+_MAX_TRIES = 6
 
 
 class LQA(torch.optim.Optimizer):
