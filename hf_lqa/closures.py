@@ -14,9 +14,18 @@ from .replay import ReplayedLoss
 
 
 class KnownLoss:
-    """A closure whose loss at the origin is known: `loss`."""
+    """A closure whose loss at the origin is known: `loss`.
+
+    Raises:
+        ValueError: there is no loss.
+    """
 
     def __init__(self, closure: Callable[[], Tensor], loss: Any):
+        if loss is None:
+            raise ValueError(
+                f"closure={closure!r} returned None: a probe compares losses, so it must return the loss, as a closure"
+                " of torch.optim does"
+            )
         self._closure = closure
         self.loss = torch.as_tensor(loss).detach().reshape(())
         self.relative_noise: float | None = getattr(closure, "relative_noise", None)
@@ -42,6 +51,33 @@ class Caller:
     def __getstate__(self) -> dict[str, Any]:
         return {"backpropagates": self.backpropagates, "_modules": []}
 
+    def ask(
+        self, closure: Callable[[], Any] | None, params: list[Tensor], probe: bool
+    ) -> tuple[Any, Callable[[], Tensor] | None, int]:
+        """The loss where it is known or `closure` is to be called for it, a closure for the probe, forwards it took.
+
+        Args:
+            closure, params, probe: as in `call`.
+
+        Raises:
+            ValueError: `closure` cannot be called, or as in `call`.
+        """
+        if closure is not None and not callable(closure):
+            raise ValueError(
+                f"step(closure={closure!r}): it must be callable and return the loss, e.g. hf_lqa.ReplayedLoss, or a"
+                " function that calls backward and returns the loss"
+            )
+        known = getattr(closure, "loss", None)
+        if closure is None or known is not None:
+            return known, closure, 0
+        if self.backpropagates is False:
+            returned = closure() if probe else None
+            return returned, KnownLoss(closure, returned) if probe else None, int(probe)
+        if self.backpropagates is None and not probe and any(p.grad is not None for p in params):
+            return None, None, 0
+        returned, probed = self.call(closure, params, probe)
+        return returned, probed, 0 if self.backpropagates or probed is None else 1
+
     def call(
         self, closure: Callable[[], Any], params: list[Tensor], probe: bool
     ) -> tuple[Any, Callable[[], Tensor] | None]:
@@ -55,7 +91,7 @@ class Caller:
             probe: whether a probe is due.
 
         Raises:
-            ValueError: a probe is due, and the closure called ``backward`` and returned no loss.
+            ValueError: a probe is due, and the closure returned no loss.
         """
         kept = [p.grad for p in params]
         versions = [g._version if g is not None else 0 for g in kept]
@@ -75,15 +111,11 @@ class Caller:
         ):
             if any(g is not None for g in kept):
                 self.backpropagates = False
-            return returned, KnownLoss(closure, returned) if probe and returned is not None else None
+            return returned, KnownLoss(closure, returned) if probe else None
         self.backpropagates = True
         if surroundings is None:
             return returned, None
-        if returned is None:
-            raise ValueError(
-                f"closure={closure!r} called backward and returned None: a probe compares losses, so it must return the"
-                " loss, as closures of torch.optim do"
-            )
+        origin = KnownLoss(closure, returned).loss
         leaves = list(dict.fromkeys([*params, *model.parameters()]))
 
         def again() -> Tensor:
@@ -97,7 +129,7 @@ class Caller:
                 for p, gradient in zip(leaves, gradients, strict=True):
                     p.grad = gradient
 
-        replay.add(again, surroundings, torch.as_tensor(returned).detach())
+        replay.add(again, surroundings, origin)
         return returned, replay
 
     @contextmanager

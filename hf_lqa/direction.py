@@ -79,6 +79,11 @@ def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in base.param_groups for p in group["params"] if p.grad is not None]
 
 
+def largest_lr(base: torch.optim.Optimizer) -> float:
+    """The largest multiplier of all param groups, schedules left out: these note what they begin or end with."""
+    return max(float(group.get(key, 0.0)) for group in base.param_groups for key in ("lr", "initial_lr", "max_lr"))
+
+
 @contextlib.contextmanager
 def rescaled(base: torch.optim.Optimizer, scale: float, rates: list[float]) -> Iterator[None]:
     """Within it the learning rate of parameter `i` of `base` is ``lr * scale * rates[i]``, or ``lr * scale``.

@@ -27,6 +27,14 @@ _CONTRADICT = 2.0
 #: By so much a scale is taken back that left the losses' differences below their rounding errors.
 _NEARER = 4.0
 
+#: What is said of a contradiction that nothing between ``backward`` and ``step`` explains.
+CONTRADICTION = (
+    "The gradients' slope is {:.2g} of the slope of the loss that the first probe measured: gradients are clipped or"
+    " scaled within the backward pass, or the closure's loss is another one than was back-propagated. The probe's slope"
+    " is used. Clip after the backward pass, e.g. by torch.nn.utils.clip_grad_norm_, or tell norm and limit by"
+    " optimizer.observe_clipping(norm, max_norm)"
+)
+
 
 @torch.no_grad()
 def total(params: list[Tensor]) -> Tensor:

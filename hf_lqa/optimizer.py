@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .checkpoint import BEGINNING_KEY, SNAPSHOT_KEY, Move, ProbeRecord, packed, take_snapshot, unpacked
-from .closures import Caller, KnownLoss
+from .closures import Caller
 from .cross_batch import POLICIES
-from .direction import Direction, rescaled, with_gradient
-from .gradients import GradientWatch, total
+from .direction import Direction, largest_lr, rescaled, with_gradient
+from .gradients import CONTRADICTION, GradientWatch, total
 from .policy import PaperPolicy
 from .quadratic import Fit, Verdict, fit_losses
-from .slopes import Snapshot, full, mean_over_ranks, observed
+from .slopes import Snapshot, flat, mean_over_ranks, observed, spread
 
 #: The first probe at most, where it contradicts the gradients that its radius is of.
 _MAX_TRIES = 6
@@ -99,7 +99,7 @@ class LQA(torch.optim.Optimizer):
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
         self._move = Move()
-        self._largest_lr = max(1.0, _largest_lr(base))
+        self._largest_lr = max(1.0, largest_lr(base))
         self._watch = GradientWatch([p for group in base.param_groups for p in group["params"]])
         self._caller = Caller()
         self._warned_of_no_gradient = False
@@ -197,12 +197,12 @@ class LQA(torch.optim.Optimizer):
             ValueError: no closure, and nothing was ever measured; or a closure that cannot be called.
         """
         closure = closure if closure is not None else self._armed
-        wants_probe = self.wants_probe
-        returned, closure, asked = self._call(closure, wants_probe)
+        wants_probe, given = self.wants_probe, closure is not None
+        returned, closure, asked = self._caller.ask(closure, self._params, wants_probe)
         self._watch.close()
         params = self._params
         if all(p.grad is None for p in params):
-            if closure is not None and not self._warned_of_no_gradient:
+            if given and not self._warned_of_no_gradient:
                 self._warned_of_no_gradient = True
                 warnings.warn(
                     "step(closure): no parameter of the optimizer has a gradient, so nothing moves. Call"
@@ -225,7 +225,7 @@ class LQA(torch.optim.Optimizer):
                 self._skip(counted=False)
             return returned
         if self.policy.step_size is None:
-            self._largest_lr = max(self._largest_lr, _largest_lr(self.base))
+            self._largest_lr = max(self._largest_lr, largest_lr(self.base))
             if not isinstance(self.base, torch.optim.SGD):
                 # What shapes say holds for directions whose elements are alike, as AdamW's; gradients are not.
                 self.policy.begin([p.shape if p.requires_grad else () for p in params])
@@ -272,9 +272,9 @@ class LQA(torch.optim.Optimizer):
             assert isinstance(move.starts, list)
             self.last_end_slope, self._move = sum(move.ends), Move()
             sizes = [p.numel() for p in params]
-            starts = _spread(move.starts, move.places, len(sizes), 0.0)
-            ends = _spread(move.ends, move.places, len(sizes), math.nan)
-            ways = _spread(move.ways, self._beginning.places, len(sizes), 0.0) if self._beginning is not None else []
+            starts = spread(move.starts, move.places, len(sizes), 0.0)
+            ends = spread(move.ends, move.places, len(sizes), math.nan)
+            ways = spread(move.ways, self._beginning.places, len(sizes), 0.0) if self._beginning is not None else []
             self.policy.observe_end(starts, ends, sizes, move.factor, ways, move.vote)
         if probe is not None:
             self.last_probe = probe
@@ -286,30 +286,9 @@ class LQA(torch.optim.Optimizer):
         self._disarm()
         return returned
 
-    def _call(
-        self, closure: Callable[[], Any] | None, wants_probe: bool
-    ) -> tuple[Any, Callable[[], Tensor] | None, int]:
-        """What `closure` returned, if it is called; one for the probe; the number of probe forwards that this took."""
-        if closure is not None and not callable(closure):
-            raise ValueError(
-                f"step(closure={closure!r}): it must be callable and return the loss, e.g. hf_lqa.ReplayedLoss, or a"
-                " function that calls backward and returns the loss"
-            )
-        known = getattr(closure, "loss", None)
-        kind = self._caller.backpropagates
-        if closure is None or known is not None or (kind is False and not wants_probe):
-            return known, closure, 0
-        if kind is False:
-            returned = closure()
-            return returned, KnownLoss(closure, returned), 1
-        if kind is None and not wants_probe and any(p.grad is not None for p in self._params):
-            return None, closure, 0
-        returned, probed = self._caller.call(closure, self._params, wants_probe)
-        return returned, probed, 0 if self._caller.backpropagates or probed is None else 1
-
     def _measure(self, closure: Callable[[], Tensor], clip: float, change: float) -> tuple[ProbeRecord, float]:
         """A probe, taken again where the first one contradicts the slope that its radius is of."""
-        first = self.policy.step_size is None and self._clipping is None
+        first = self.policy.step_size is None and self._clipping is None and self.policy.probe_radius is None
         watch, forwards = self._watch.state_dict(), self.counts["probe_forwards"]
         try:
             for _ in range(_MAX_TRIES):
@@ -322,13 +301,7 @@ class LQA(torch.optim.Optimizer):
             self.counts["probe_forwards"] = forwards
             raise
         if first and self._watch.scale != 1 and not change:
-            warnings.warn(
-                f"The gradients' slope is {1 / self._watch.scale:.2g} of the slope of the loss that the first probe"
-                " measured: gradients are clipped or scaled within the backward pass, or the closure's loss is another"
-                " one than was back-propagated. The probe's slope is used. Clip after the backward pass, e.g. by"
-                " torch.nn.utils.clip_grad_norm_, or tell norm and limit: optimizer.observe_clipping(norm, max_norm)",
-                stacklevel=5,
-            )
+            warnings.warn(CONTRADICTION.format(1 / self._watch.scale), stacklevel=5)
         return probe, slope
 
     def _probe(
@@ -425,11 +398,8 @@ class LQA(torch.optim.Optimizer):
 
     def _read(self, *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
-        # Floats go where the weights are: collectives of NCCL know no other place.
         device = next(v.device for v in (*values, *self._params) if isinstance(v, Tensor))
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        flat = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values]
-        return self.reduce(torch.cat(flat)).tolist()
+        return self.reduce(flat(values, device)).tolist()
 
     def _relative_noise(self, closure: Callable[[], Tensor]) -> float:
         known: float | None = getattr(closure, "relative_noise", None)
@@ -483,25 +453,6 @@ class LQA(torch.optim.Optimizer):
         self._watch.load_state_dict(own.get("gradients", self._watch.state_dict()))
         self._caller.backpropagates = own.get("backpropagates") or None
         self._await_gradients()
-
-
-def _largest_lr(base: torch.optim.Optimizer) -> float:
-    """The largest multiplier of all param groups, schedules left out: these note what they begin or end with."""
-    return max(float(group.get(key, 0.0)) for group in base.param_groups for key in ("lr", "initial_lr", "max_lr"))
-
-
-def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:
-    """`value` on `device`, gathered if it is sharded."""
-    if isinstance(value, Tensor):
-        return full(value).to(device)
-    # Filled there, because a copy from the host would wait for the device.
-    return torch.tensor(value, device=device) if isinstance(value, list) else torch.full((), value, device=device)
-
-
-def _spread(values: list[float], places: list[int], count: int, rest: float) -> list[float]:
-    """A list of `count` numbers with `values` at `places`, and `rest` elsewhere; nothing if there are no values."""
-    at = dict(zip(places, values, strict=False))
-    return [at.get(i, rest) for i in range(count)] if values else []
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

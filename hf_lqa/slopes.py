@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +60,27 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 def _on_accelerator(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
+
+
+def flat(values: Sequence[Tensor | float | list[float]], device: torch.device) -> Tensor:
+    """Scalars and vectors, gathered where they are sharded, as one vector on `device` in the precision of sums."""
+    # Floats go where the weights are: collectives of NCCL know no other place.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.cat([_vector(v, device).detach().to(dtype).reshape(-1) for v in values])
+
+
+def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:
+    """`value` on `device`, gathered if it is sharded."""
+    if isinstance(value, Tensor):
+        return full(value).to(device)
+    # Filled there, because a copy from the host would wait for the device.
+    return torch.tensor(value, device=device) if isinstance(value, list) else torch.full((), value, device=device)
+
+
+def spread(values: list[float], places: list[int], count: int, rest: float) -> list[float]:
+    """A list of `count` numbers with `values` at `places`, and `rest` elsewhere; nothing if there are no values."""
+    at = dict(zip(places, values, strict=False))
+    return [at.get(i, rest) for i in range(count)] if values else []
 
 
 def mean_over_ranks(scalars: Tensor) -> Tensor:
