@@ -154,14 +154,11 @@ class GradientWatch:
         self._noted = {p: (p.grad, p.grad._version) for p in with_gradient if p.grad is not None}
         if not self._keeping:
             return
-        kept: dict[Tensor, Tensor] = {}
-        for p in (with_gradient[i] for i in observed(with_gradient)):
-            rows, old = _rows(p), self._kept.get(p)
-            if old is None or rows.is_sparse or old.is_sparse or old.shape != rows.shape:
-                kept[p] = rows.clone()
-            else:
-                kept[p] = old.copy_(rows)
-        self._kept = kept
+        rows = {p: _rows(p) for p in (with_gradient[i] for i in observed(with_gradient))}
+        copied = {p: now for p, now in rows.items() if _alike(self._kept.get(p), now)}
+        if copied:
+            torch._foreach_copy_([self._kept[p] for p in copied], list(copied.values()))
+        self._kept = {p: self._kept[p] if p in copied else now.clone() for p, now in rows.items()}
 
     @property
     def change(self) -> Tensor | float:
@@ -175,9 +172,16 @@ class GradientWatch:
             return 1.0
         if not self._noted or not self._keeping:
             return 0.0
-        differences = [(_rows(p) - kept).abs_().max() for p, kept in self._kept.items() if not kept.is_sparse]
-        device = differences[0].device if differences else None
-        return torch.stack([d.to(device, torch.float32) for d in differences]).max() if differences else 0.0
+        pairs = [(_rows(p), kept) for p, kept in self._kept.items() if p.grad is not None]
+        pairs = [(now, kept) for now, kept in pairs if _alike(now, kept) and kept.numel()]
+        if not pairs:
+            return 0.0
+        differences = torch._foreach_sub([now for now, _ in pairs], [kept for _, kept in pairs])
+        if differences[0].device.type == "cpu":  # where a norm takes longer
+            largest = [d.abs_().max() for d in differences]
+        else:
+            largest = list(torch._foreach_norm(differences, float("inf")))
+        return torch.stack([d.to(largest[0].device, torch.float32) for d in largest]).max()
 
     def gradients(self, change: Tensor | float) -> dict[Tensor, Tensor]:
         """What takes the place of parameters' gradients in slopes, the rows of each that are observed.
@@ -247,6 +251,10 @@ def _by_a_power_of_two(before: dict[Tensor, Tensor]) -> bool:
     p, kept = max(before.items(), key=lambda item: item[1].numel())
     was, now = (float(torch.linalg.vector_norm((g._values() if g.is_sparse else g).double())) for g in (kept, _rows(p)))
     return now > 0 and math.isfinite(was / now) and was / now > 1 and math.frexp(was / now)[0] == 0.5
+
+
+def _alike(kept: Tensor | None, now: Tensor) -> bool:
+    return kept is not None and not kept.is_sparse and not now.is_sparse and kept.shape == now.shape
 
 
 def _after_backward(callback: Callable[[], None]) -> None:
