@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from .replay import ReplayedLoss, Surroundings
@@ -142,7 +143,14 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
         )
     (compute, surroundings, computed), (scalar,) = calls[0], scalars
     scaling = _scaling(computed, scalar, getattr(trainer, "current_gradient_accumulation_steps", 1))
-    probe.add(lambda: scaling(compute()), surroundings, scalar)
+    divisor = _divisor(trainer.accelerator)
+    probe.add(lambda: scaling(compute()) / divisor, surroundings, scalar / divisor)
+
+
+def _divisor(accelerator: Any) -> int:
+    """What ``accelerator.backward`` divides a loss by: 1, but the accumulation steps with Transformers before 5.5.4."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return 1 if deepspeed else accelerator.gradient_accumulation_steps
 
 
 def _scaling(computed: Tensor, scalar: Tensor, steps: int) -> Callable[[Tensor], Tensor]:
