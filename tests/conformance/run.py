@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 #: Tests that assert an optimizer's own trajectory, or its name: pattern of the test's name -> why it must differ.
@@ -25,6 +26,12 @@ EXPECTED: dict[str, str] = {
     r"::test_logging_inf_nan_filter$": "asserts that training diverges at learning_rate=1e9, which LQA does not use",
     r"::test_enum_coercions$": "asserts args.optim == 'adamw_torch', in whose place this script itself puts 'lqa'",
 }
+
+if [int(part) for part in re.findall(r"\d+", version("transformers"))[:3]] < [5, 5, 4]:
+    EXPECTED[r"::test_gradient_accumulation$"] = (
+        "there Accelerate divides gradients by the accumulation steps once more, which clipping sees; the test has the"
+        " rate at which all are clipped (with learning_rate=0.5 the stock Trainer fails it, without clipping LQA passes)"
+    )
 
 #: The folders that the suite has had; those that a checkout has are run.
 SUITES = ("tests/trainer",)
