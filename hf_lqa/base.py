@@ -43,10 +43,12 @@ def refuse_base(base: Any, source: str) -> None:
         )
 
 
-def largest_rate(base: torch.optim.Optimizer) -> float:
+def largest_rate(base: torch.optim.Optimizer, scheduler: Any = None) -> float:
     """The largest learning rate that the groups were set up with, a scheduler's peak included."""
     rates = [[float(group[key]) for key in ("initial_lr", "max_lr") if key in group] for group in base.param_groups]
-    return max(max(found or [float(group["lr"])]) for found, group in zip(rates, base.param_groups, strict=True))
+    peaks = scheduler.max_lrs if isinstance(scheduler, torch.optim.lr_scheduler.CyclicLR) else []
+    found = [max(rates or [float(group["lr"])]) for rates, group in zip(rates, base.param_groups, strict=True)]
+    return max(*found, *map(float, peaks), -float("inf"))
 
 
 def to_multipliers(base: torch.optim.Optimizer, scheduler: Any, source: str) -> float:
@@ -57,7 +59,7 @@ def to_multipliers(base: torch.optim.Optimizer, scheduler: Any, source: str) -> 
     Raises:
         ValueError: no learning rate is positive, or the scheduler keeps its rates where they cannot be found.
     """
-    unit = largest_rate(base)
+    unit = largest_rate(base, scheduler)
     if not 0 < unit < float("inf"):
         raise ValueError(f"{source} gives learning rates of at most {unit!r} under --optim lqa: they must be > 0")
     if unit == 1:

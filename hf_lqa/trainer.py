@@ -191,7 +191,7 @@ class LQATrainerMixin(_Trainer):
         scheduler = self.lr_scheduler if self.lr_scheduler is not None else created
         source = defined_as(self, "create_scheduler")
         own = not definer(self, "create_scheduler").__module__.startswith("transformers.")
-        if own and self._lqa_options is not None and largest_rate(lqa.base) != 1:
+        if own and self._lqa_options is not None and largest_rate(lqa.base, scheduler) != 1:
             unit = to_multipliers(lqa.base, scheduler, source)
             warnings.warn(
                 f"optim={self._lqa_options.name!r} with a {type(scheduler).__name__} that {source} gives:"

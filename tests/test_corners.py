@@ -352,6 +352,15 @@ def test_a_schedule_of_absolute_rates_multiplies(place, tmp_path):
     assert first[0] == pytest.approx(1 / 25) and max(first) == pytest.approx(1, abs=0.1) and first[-1] < 0.1
 
 
+def test_a_cycle_between_two_rates_goes_up_to_one(tmp_path):
+    model, rates = tiny_bert(), Multipliers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    cycle = SCHEDULERS.CyclicLR(optimizer, base_lr=1e-5, max_lr=4e-5, step_size_up=2, cycle_momentum=False)
+    given = {"optimizers": (optimizer, cycle), "callbacks": [rates]}
+    LQATrainer(model, arguments(tmp_path, max_steps=3), train_dataset=rows(32), **given).train()
+    assert [seen[0] for seen in rates.seen] == pytest.approx([0.25, 0.625, 1.0])
+
+
 class Noam:
     """Schedules as a class of its own, of which nothing is known."""
 
