@@ -147,7 +147,7 @@ class LQATrainerMixin(_Trainer):
         source = "optimizers=(...), or trainer.optimizer," if given else self._lqa_source()
         if source is not None:
             refuse_base(base, source)
-            unit = to_multipliers(base, self.lr_scheduler if given else None, source)
+            unit = to_multipliers(base, self.lr_scheduler, source)
             warnings.warn(
                 f"optim={options.name!r} goes around the {type(base).__name__} that {source} gives, whatever the base"
                 f" in optim_args: {described(base, unit)}",

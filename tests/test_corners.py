@@ -333,6 +333,22 @@ def test_a_schedule_that_was_given_with_its_optimizer_goes_on_multiplying(kind, 
     assert rates.seen == [pytest.approx([0.5 * 0.5**step, 0.5**step]) for step in range(3)]
 
 
+class Both:
+    """An optimizer and its schedule from one method."""
+
+    def create_optimizer(self, *args):
+        self.optimizer = torch.optim.AdamW(two_groups(self.model, 1e-5, 2))
+        self.lr_scheduler = SCHEDULERS.LambdaLR(self.optimizer, lambda step: 0.5**step)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_schedule_that_comes_with_a_methods_optimizer_goes_on_multiplying(place, tmp_path):
+    rates = Multipliers()
+    args = arguments(tmp_path, max_steps=3)
+    placed(Both)[place](tiny_bert(), args, train_dataset=rows(32), callbacks=[rates]).train()
+    assert rates.seen == [pytest.approx([0.5 * 0.5**step, 0.5**step]) for step in range(3)]
+
+
 class OneCycle:
     """A schedule of absolute rates."""
 
