@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def parse_options(args: TrainingArguments) -> LQAOptions | None:
     Raises:
         ValueError: a key is unknown, a value is out of range, or the base optimizer cannot work.
     """
-    name = str(getattr(args.optim, "value", args.optim))
+    name = plain(args.optim)
     if name not in NAMES:
         return None
     given = dict(_pairs(args.optim_args))
@@ -110,6 +111,18 @@ def parse_options(args: TrainingArguments) -> LQAOptions | None:
         policy_options=policy_options,
         probe_micro_batches=None if micro_batches is None else _at_least_one("probe_micro_batches", micro_batches),
     )
+
+
+def for_base(args: TrainingArguments, options: LQAOptions) -> TrainingArguments:
+    """A copy of `args` that names the base optimizer, at unit learning rate."""
+    base_args = copy.copy(args)
+    base_args.optim, base_args.optim_args, base_args.learning_rate = options.base, options.base_args, 1.0
+    return base_args
+
+
+def plain(name: Any) -> str:
+    """`name` as a string, where it may be a member of an enum."""
+    return str(getattr(name, "value", name))
 
 
 def _pairs(optim_args: str | None) -> Iterator[tuple[str, str]]:
@@ -148,6 +161,16 @@ def _trainers_default() -> str:
     return str(next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim"))
 
 
+#: Why an optimizer cannot be a base, by its name or a part of it.
+NO_BASE: dict[str, str] = {
+    "lomo": "it steps inside backward, so there is nothing to probe between gradient and step",
+    "_layerwise": "it steps layer by layer inside backward, so there is nothing to probe between gradient and step",
+    "schedule_free": "its weights during training are not those its step moves, so its direction is no line to probe"
+    " along",
+    "xla": "XLA traces steps ahead, and probes need their losses at once",
+}
+
+
 def _check_base(base: str) -> None:
     reason = None
     if base in NAMES:
@@ -155,13 +178,13 @@ def _check_base(base: str) -> None:
     elif base not in {n.value for n in OptimizerNames}:
         reason = "Transformers knows no optimizer of this name"
     elif base in ("lomo", "adalomo"):
-        reason = "it steps inside backward, so there is nothing to probe between gradient and step"
+        reason = NO_BASE["lomo"]
     elif base.endswith("_layerwise"):
-        reason = "it steps layer by layer inside backward, so there is nothing to probe between gradient and step"
+        reason = NO_BASE["_layerwise"]
     elif base.startswith("schedule_free"):
-        reason = "its weights during training are not those its step moves, so its direction is no line to probe along"
+        reason = NO_BASE["schedule_free"]
     elif base == "adamw_torch_xla":
-        reason = "XLA traces steps ahead, and probes need their losses at once"
+        reason = NO_BASE["xla"]
     if reason:
         raise ValueError(
             f"optim_args: base={base!r}: {reason}. Use e.g. base=adamw_torch, adafactor, lion_32bit or sgd"

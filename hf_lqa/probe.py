@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from .replay import ReplayedLoss, Surroundings
+from .watch import Watch
 
 #: Containers larger than this are data, not counters, and are not searched for side effects.
 _MAX_CONTAINER = 4096
@@ -107,16 +109,24 @@ class TrainerProbe(ReplayedLoss):
 
 @contextmanager
 def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
-    """Record the micro-batch that the body's ``training_step`` computes and back-propagates into `probe`.
+    """Record the losses that the body's ``training_step`` computes and back-propagates into `probe`.
+
+    They may be several, as long as all are computed at the same weights.
 
     Raises:
-        ValueError: ``training_step`` did not call ``compute_loss`` and ``accelerator.backward`` once each.
+        ValueError: the step's gradient is not that of the losses that were recorded.
     """
+    lqa, method = trainer.lqa, defined_as(trainer, "training_step")
+    watch = Watch([p for group in lqa.param_groups for p in group["params"]], thorough=lqa.policy.step_size is None)
     calls: list[tuple[Callable[[], Tensor], Surroundings, Tensor]] = []
-    scalars: list[Tensor] = []
+    scalars = 0
+    in_turn = True
     compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
     def recording_compute_loss(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal in_turn
+        in_turn = in_turn and len(calls) == scalars
+        watch.before_loss()
         kept, surroundings = copy_containers(inputs), probe.surroundings()
         result = compute_loss(model, inputs, *args, **kwargs)
 
@@ -125,24 +135,64 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
             return again[0] if isinstance(again, tuple) else again
 
         calls.append((compute, surroundings, (result[0] if isinstance(result, tuple) else result).detach()))
+        watch.after_loss()
         return result
 
     def recording_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        scalars.append(loss.detach())
-        return backward(loss, *args, **kwargs)
+        nonlocal scalars, in_turn
+        watch.before_backward()
+        scalars += 1
+        in_turn = in_turn and len(calls) == scalars
+        if in_turn:
+            compute, surroundings, computed = calls[-1]
+            steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
+            scaling, divisor = _scaling(computed, loss.detach(), steps), _divisor(trainer.accelerator)
+            probe.add(lambda: scaling(compute()) / divisor, surroundings, loss.detach() / divisor)
+        done = backward(loss, *args, **kwargs)
+        watch.after_backward()
+        return done
 
-    with _shadowed(trainer, "compute_loss", recording_compute_loss):
-        with _shadowed(trainer.accelerator, "backward", recording_backward):
+    with shadowed(trainer, "compute_loss", recording_compute_loss):
+        with shadowed(trainer.accelerator, "backward", recording_backward):
             yield
-    if len(calls) != 1 or len(scalars) != 1:
+    watch.end()
+    if watch.weights_changed:
         raise ValueError(
-            f"{type(trainer).__name__}.training_step called compute_loss {len(calls)} times and accelerator.backward"
-            f" {len(scalars)} times: LQA can replay a loss only if each is called once per micro-batch. Use another"
-            " --optim with this Trainer"
+            f"{method} changes the weights between a loss and the step, as FGM, PGD, AWP and SAM do: LQA replays the"
+            " losses of a step at one place, and the gradient would be another's. Perturb the inputs or embeddings"
+            " inside compute_loss instead, or use another --optim with this Trainer"
         )
-    (compute, surroundings, computed), (scalar,) = calls[0], scalars
-    scaling = _scaling(computed, scalar, getattr(trainer, "current_gradient_accumulation_steps", 1))
-    probe.add(lambda: scaling(compute()), surroundings, scalar)
+    if not calls or len(calls) != scalars or not in_turn:
+        raise ValueError(
+            f"{method} called compute_loss {len(calls)} times and accelerator.backward {scalars} times: LQA can replay"
+            " a loss only if each that self.compute_loss gives goes to self.accelerator.backward, in turn, as in"
+            " super().training_step. Put all that is computed into compute_loss, or use another --optim with this"
+            " Trainer"
+        )
+    if watch.gradients_changed:
+        raise ValueError(
+            f"{method} changes the gradients beside accelerator.backward (a backward() of its own, noise, masks,"
+            " surgery): LQA would probe a loss whose gradient they are not. Add a loss in compute_loss, change"
+            " gradients in a hook of the parameter (Tensor.register_hook), or use another --optim with this Trainer"
+        )
+
+
+def definer(trainer: Any, method: str) -> type:
+    """The class whose `method` a Trainer has, hf_lqa's own left out."""
+    package = __name__.partition(".")[0]
+    classes = [cls for cls in type(trainer).__mro__ if method in vars(cls)]
+    return next((cls for cls in classes if cls.__module__.partition(".")[0] != package), classes[0])
+
+
+def defined_as(trainer: Any, method: str) -> str:
+    """The name of `method` with that of the class that it comes from."""
+    return f"{definer(trainer, method).__name__}.{method}"
+
+
+def _divisor(accelerator: Any) -> int:
+    """What ``accelerator.backward`` divides a loss by: 1, but the accumulation steps with Transformers before 5.5.4."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return 1 if deepspeed else accelerator.gradient_accumulation_steps
 
 
 def _scaling(computed: Tensor, scalar: Tensor, steps: int) -> Callable[[Tensor], Tensor]:
@@ -163,7 +213,7 @@ def _scaling(computed: Tensor, scalar: Tensor, steps: int) -> Callable[[Tensor],
 
 
 @contextmanager
-def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
+def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an instance attribute over a method, for the duration."""
     missing = object()
     before = vars(owner).get(name, missing)

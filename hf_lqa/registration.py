@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from transformers import trainer_optimizer
+from transformers import Trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from .options import NAMES
+from .options import NAMES, for_base, parse_options
 
 
 def register() -> None:
@@ -19,7 +22,7 @@ def register() -> None:
     for name in NAMES:
         if name not in OptimizerNames._value2member_map_:
             _add_member(name)
-        trainer_optimizer._OPTIMIZER_HANDLERS[name] = _refuse
+        trainer_optimizer._OPTIMIZER_HANDLERS[name] = _handler
 
 
 def _add_member(name: str) -> None:
@@ -43,9 +46,27 @@ def _Member(cls: type[Any], name: str) -> Any:
     return member
 
 
-def _refuse(context: Any) -> Any:
+#: Whether it is a Trainer of LQA's that asks for an optimizer's class.
+_serving: ContextVar[bool] = ContextVar("_serving", default=False)
+
+
+@contextmanager
+def bases_served() -> Iterator[None]:
+    """Within it ``Trainer.get_optimizer_cls_and_kwargs`` gives LQA's names the base optimizer's class, at unit rate."""
+    token = _serving.set(True)
+    try:
+        yield
+    finally:
+        _serving.reset(token)
+
+
+def _handler(context: Any) -> Any:
+    options = parse_options(context.args)
+    assert options is not None
+    if _serving.get():
+        return Trainer.get_optimizer_cls_and_kwargs(for_base(context.args, options), context.model)
     raise ValueError(
-        f"optim={str(context.args.optim.value)!r} needs a Trainer that can probe the loss, and this is a stock Trainer."
-        " Use hf_lqa.LQATrainer, put hf_lqa.LQATrainerMixin before your Trainer class, or run your script with"
-        " `python -m hf_lqa SCRIPT ...`"
+        f"optim={options.name!r} needs a Trainer that can probe the loss, and this is a stock Trainer (or its"
+        " get_optimizer_cls_and_kwargs, called outside create_optimizer). Use hf_lqa.LQATrainer, put"
+        " hf_lqa.LQATrainerMixin before your Trainer class, or run your script with `python -m hf_lqa SCRIPT ...`"
     )

@@ -5,22 +5,39 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import time
+import functools
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
+from transformers import Seq2SeqTrainer, Trainer
 
+from .announcement import Announcement, measurements
+from .base import described, largest_rate, refuse_base, to_multipliers
 from .optimizer import LQA
-from .options import parse_options
-from .probe import TrainerProbe, recorded
+from .options import for_base, parse_options, plain
+from .probe import TrainerProbe, defined_as, definer, recorded, shadowed
+from .refusals import refuse_unsupported
+from .registration import bases_served
 
 # The mixin comes before a Trainer class; a type checker cannot know which.
 _Trainer: Any = object
+
+
+class _ServesBases:
+    """``get_optimizer_cls_and_kwargs``, on the class or an instance: the parent's, which knows LQA's names then."""
+
+    def __get__(self, trainer: Any, cls: type) -> Callable[..., Any]:
+        parent: Any = super(LQATrainerMixin, cls if trainer is None else trainer)
+
+        def get_optimizer_cls_and_kwargs(*args: Any, **kwargs: Any) -> Any:
+            with bases_served():
+                return parent.get_optimizer_cls_and_kwargs(*args, **kwargs)
+
+        return get_optimizer_cls_and_kwargs
 
 
 class LQATrainerMixin(_Trainer):
@@ -44,6 +61,8 @@ class LQATrainerMixin(_Trainer):
     def _lqa_setup(self) -> None:
         """What `__init__` adds to the parent's; apart, because the runner swaps a Trainer's class while it is built."""
         self._lqa_probe: TrainerProbe | None = None
+        self._lqa_recorded = 0
+        self._lqa_entered: set[str] = set()
         self._lqa_options = parse_options(self.args)
         if self._lqa_options is None and self.lqa is None:
             return
@@ -51,7 +70,7 @@ class LQATrainerMixin(_Trainer):
         default = next(f.default for f in dataclasses.fields(self.args) if f.name == "learning_rate")
         if self._lqa_options is not None and self.args.learning_rate != default:
             warnings.warn(
-                f"learning_rate={self.args.learning_rate!r} is not used with optim={_value(self.args.optim)!r}, which"
+                f"learning_rate={self.args.learning_rate!r} is not used with optim={plain(self.args.optim)!r}, which"
                 " measures the learning rate. Leave it out, or choose another --optim",
                 stacklevel=3,
             )
@@ -66,7 +85,29 @@ class LQATrainerMixin(_Trainer):
         announced = any(isinstance(callback, Announcement) for callback in self.callback_handler.callbacks)
         if not announced and (self._lqa_options is not None or self.lqa is not None):
             self.add_callback(Announcement(self))
-        return super().train(*args, **kwargs)
+        with self._lqa_outermost():
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _lqa_outermost(self) -> Iterator[None]:
+        """Go around the methods of subclasses, too: what they do beside calling the parent's counts as well."""
+        ways: dict[str, Callable[..., Any]] = {
+            "training_step": self._lqa_training_step,
+            "create_optimizer": self._lqa_create_optimizer,
+            "create_scheduler": self._lqa_create_scheduler,
+        }
+        with contextlib.ExitStack() as stack:
+            for name, way in ways.items():
+                stack.enter_context(shadowed(self, name, functools.partial(way, getattr(self, name))))
+            yield
+
+    @contextlib.contextmanager
+    def _lqa_inside(self, name: str) -> Iterator[None]:
+        self._lqa_entered.add(name)
+        try:
+            yield
+        finally:
+            self._lqa_entered.discard(name)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; called again for every trial of a hyperparameter search."""
@@ -84,24 +125,83 @@ class LQATrainerMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """For LQA's names, the parent's code builds the base optimizer at unit learning rate; `LQA` goes around it."""
+        return self._lqa_create_optimizer(super().create_optimizer, *args, **kwargs)
+
+    def _lqa_create_optimizer(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if "create_optimizer" in self._lqa_entered:
+            return create(*args, **kwargs)
         self._lqa_options = options = parse_options(self.args)  # again: a hyperparameter search may have changed them
-        if options is None or self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)
-        own_args = self.args
-        self.args = copy.copy(own_args)
-        self.args.optim, self.args.optim_args, self.args.learning_rate = options.base, options.base_args, 1.0
+        if options is None or self.lqa is not None:
+            return create(*args, **kwargs)
+        given, own_args = self.optimizer is not None, self.args
+        self.args = for_base(own_args, options)
         try:
-            base = super().create_optimizer(*args, **kwargs)
+            with self._lqa_inside("create_optimizer"), bases_served():
+                created = create(*args, **kwargs)
         finally:
             self.args = own_args
+        if self.lqa is not None:
+            return self.optimizer
+        base = self.optimizer if self.optimizer is not None else created
+        while isinstance(base, AcceleratedOptimizer):
+            base = base.optimizer
+        source = "optimizers=(...), or trainer.optimizer," if given else self._lqa_source()
+        if source is not None:
+            refuse_base(base, source)
+            unit = to_multipliers(base, self.lr_scheduler, source)
+            warnings.warn(
+                f"optim={options.name!r} goes around the {type(base).__name__} that {source} gives, whatever the base"
+                f" in optim_args: {described(base, unit)}",
+                stacklevel=2,
+            )
         self.optimizer = LQA(base, options.policy, **options.policy_options)
+        self.optimizer.arm(self._lqa_not_recorded)
         return self.optimizer
 
+    def _lqa_source(self) -> str | None:
+        """What gives the base optimizer, where that is not Transformers' own code alone."""
+        if getattr(self, "optimizer_cls_and_kwargs", None) is not None:
+            return "optimizer_cls_and_kwargs"
+        for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
+            if not definer(self, name).__module__.startswith("transformers."):
+                return defined_as(self, name)
+        return None
+
+    def _lqa_not_recorded(self) -> Tensor:
+        """The closure of a first step for which none was recorded."""
+        raise ValueError(
+            f"{type(self).__name__} steps the optimizer without a training_step before it (in"
+            f" {defined_as(self, '_inner_training_loop')}, or a callback): LQA probes the loss that training_step"
+            " computes. Call self.training_step for each micro-batch of a step, or use another --optim"
+        )
+
+    get_optimizer_cls_and_kwargs = _ServesBases()
+
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
-        if (lqa := self.lqa) is not None and num_training_steps > 0:  # 0 with num_train_epochs=0
+        return self._lqa_create_scheduler(super().create_scheduler, num_training_steps, *args, **kwargs)
+
+    def _lqa_create_scheduler(
+        self, create: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if "create_scheduler" in self._lqa_entered:
+            return create(num_training_steps, *args, **kwargs)
+        with self._lqa_inside("create_scheduler"):
+            created = create(num_training_steps, *args, **kwargs)
+        if (lqa := self.lqa) is None:
+            return created
+        scheduler = self.lr_scheduler if self.lr_scheduler is not None else created
+        source = defined_as(self, "create_scheduler")
+        own = not definer(self, "create_scheduler").__module__.startswith("transformers.")
+        if own and self._lqa_options is not None and largest_rate(lqa.base, scheduler) != 1:
+            unit = to_multipliers(lqa.base, scheduler, source)
+            warnings.warn(
+                f"optim={self._lqa_options.name!r} with a {type(scheduler).__name__} that {source} gives:"
+                f" {described(lqa.base, unit)}",
+                stacklevel=2,
+            )
+        if num_training_steps > 0:  # 0 with num_train_epochs=0
             lqa.policy.plan(num_training_steps, final_factor(scheduler, num_training_steps))
-        return scheduler
+        return created
 
     @property
     def lqa(self) -> LQA | None:
@@ -113,19 +213,38 @@ class LQATrainerMixin(_Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The parent's forward and backward; on probe steps recorded, so that the optimizer can replay them."""
+        return self._lqa_training_step(super().training_step, model, inputs, *args, **kwargs)
+
+    def _lqa_training_step(
+        self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         lqa = self.lqa
+        if lqa is None and self.optimizer is not None and self._lqa_options is not None:
+            raise ValueError(
+                f"optim={self._lqa_options.name!r}, but trainer.optimizer is a {type(self.optimizer).__name__} that"
+                " came after create_optimizer (from a callback, or a method that overrides the Trainer's). Set"
+                " trainer.optimizer before train() or in create_optimizer, where LQA goes around it, or use another"
+                " --optim"
+            )
         if lqa is None or not lqa.wants_probe:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return step(model, inputs, *args, **kwargs)
+        if "training_step" in self._lqa_entered:
+            loss = step(model, inputs, *args, **kwargs)
+            if self.accelerator.sync_gradients:
+                lqa.arm(self._lqa_probe)
+            return loss
         total = getattr(self, "current_gradient_accumulation_steps", 1)
         wanted = total
         if self._lqa_options is not None and self._lqa_options.probe_micro_batches is not None:
             wanted = min(total, self._lqa_options.probe_micro_batches)
         if self._lqa_probe is None:
             # The micro-batches that are probed stand for all.
-            self._lqa_probe = TrainerProbe(self, model, weight=total / wanted)
+            self._lqa_probe, self._lqa_recorded = TrainerProbe(self, model, weight=total / wanted), 0
             lqa.arm(None)
-        with recorded(self, self._lqa_probe) if len(self._lqa_probe) < wanted else contextlib.nullcontext():
-            loss = super().training_step(model, inputs, *args, **kwargs)
+        wants = self._lqa_recorded < wanted
+        with self._lqa_inside("training_step"), recorded(self, self._lqa_probe) if wants else contextlib.nullcontext():
+            loss = step(model, inputs, *args, **kwargs)
+        self._lqa_recorded += 1
         if self.accelerator.sync_gradients:
             lqa.arm(self._lqa_probe)
             self._lqa_probe = None
@@ -165,133 +284,6 @@ def final_factor(scheduler: Any, total_steps: int) -> float:
     """
     lambdas = getattr(scheduler, "lr_lambdas", None)
     return min(max((float(factor(total_steps)) for factor in lambdas), default=1.0), 1.0) if lambdas else 1.0
-
-
-def measurements(lqa: LQA) -> dict[str, float]:
-    """What is logged beside the loss. Values of the last probe are left out until there is one, or where not finite."""
-    found: dict[str, float | None] = {
-        "lqa_step_size": lqa.step_size,
-        "lqa_level": lqa.policy.step_size,  # before warm-up and schedule
-        "lqa_end_slope": lqa.last_end_slope,
-        "lqa_rejected": lqa.rejected,
-        "lqa_skipped": lqa.counts["skipped"],
-        "lqa_probe_forwards": lqa.counts["probe_forwards"],
-    }
-    if rates := lqa.relative_rates:
-        found |= {"lqa_relative_rate_min": min(rates), "lqa_relative_rate_max": max(rates)}
-    if (probe := lqa.last_probe) is not None:
-        found |= {
-            "lqa_slope": probe.fit.slope,
-            "lqa_curvature": probe.fit.curvature,
-            "lqa_fit_step_size": probe.fit.step_size,  # left out where the fit was rejected
-            "lqa_probe_radius": probe.radius,
-            "lqa_probe_step": probe.step + 1,
-            "lqa_loss_minus": probe.loss_minus,
-            "lqa_loss_center": probe.loss_center,
-            "lqa_loss_plus": probe.loss_plus,
-        }
-    return {k: v for k, v in found.items() if v is not None and v == v and abs(v) != float("inf")}
-
-
-def refuse_unsupported(trainer: Trainer) -> None:
-    """Refuse the set-ups in which a probe could not be right.
-
-    Raises:
-        ValueError: with the argument, its value and the remedy.
-    """
-    args, name = trainer.args, _value(trainer.args.optim)
-    parallelism = getattr(args, "parallelism_config", None)
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"deepspeed={args.deepspeed!r} with optim={name!r}: DeepSpeed steps inside backward, so there is nothing to"
-            " probe between gradient and step. Use FSDP2 (configs/accelerate/fsdp2.yaml) or another --optim"
-        )
-    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
-        raise ValueError(
-            f"fsdp_config['version']=1 with optim={name!r}: each rank of FSDP1 sees only its part of the flattened"
-            " gradient, and the slope would be wrong. Set fsdp_config['version'] to 2"
-        )
-    for size in ("cp_size", "sp_size"):
-        if (value := getattr(parallelism, size, 1) or 1) > 1:
-            raise ValueError(
-                f"parallelism_config.{size}={value} with optim={name!r}: inputs are split inside a context that ends"
-                " before the step, and a probe could not enter it again. Use data parallelism or another --optim"
-            )
-    tp_size = max(getattr(parallelism, "tp_size", 1) or 1, getattr(trainer.model, "tp_size", None) or 1)
-    if tp_size > 1:
-        raise ValueError(
-            f"tp_size={tp_size} with optim={name!r}: under tensor parallelism a gradient need not be sharded as its"
-            " weight is, and the slope would be wrong. Load the model without tp_plan and use FSDP2"
-            " (configs/accelerate/fsdp2.yaml), or another --optim"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"n_gpu={args.n_gpu} with optim={name!r}: nn.DataParallel draws its dropout masks in threads, and a probe"
-            " could not repeat them. Use `torchrun --nproc_per_node N` or set CUDA_VISIBLE_DEVICES to one device"
-        )
-    if is_sagemaker_mp_enabled():
-        raise ValueError(
-            f"smdistributed.modelparallel (SM_HP_MP_PARAMETERS) with optim={name!r}: it splits the forward into a"
-            " pipeline of its own, and a probe could not run it again. Leave 'smdistributed' out of `distribution`, set"
-            " {'torch_distributed': {'enabled': True}} there, and use FSDP2 for models that need splitting"
-        )
-    if is_sagemaker_dp_enabled():
-        raise ValueError(
-            f"sagemaker_distributed_dataparallel_enabled=True with optim={name!r}: that all ranks decide the same rests"
-            " on collectives in float64, which were never tried on its back end. Set `distribution` to"
-            " {'torch_distributed': {'enabled': True}}, which is DDP over NCCL"
-        )
-    if trainer.accelerator.distributed_type == DistributedType.XLA or trainer.is_fsdp_xla_enabled:
-        raise ValueError(
-            f"distributed_type={trainer.accelerator.distributed_type.value!r} with optim={name!r}: XLA traces steps"
-            " ahead, and probes need their losses at once. Use another --optim"
-        )
-
-
-class Announcement(TrainerCallback):
-    """Differs from a plain callback in that it says, before and after training, what LQA will do and has done."""
-
-    def __init__(self, trainer: LQATrainerMixin):
-        self._trainer = trainer
-        self._begun = 0.0
-        self._rates: list[float] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun, self._rates = time.perf_counter(), []
-        lqa = self._trainer.lqa
-        # What an interrupted step recorded, and auto_find_batch_size after a try that ran out of memory.
-        self._trainer._lqa_probe = None
-        if lqa is not None:
-            lqa.arm(None)
-        if lqa is None or not state.is_world_process_zero:
-            return
-        schedule = _value(args.lr_scheduler_type)
-        print(
-            f"LQA: {type(lqa.base).__name__} direction, policy {lqa.policy.name}, {lqa.policy.cadence()};"
-            f" --learning_rate ({args.learning_rate:g}) is not used, the {schedule} schedule multiplies the measured"
-            " step size.",
-            flush=True,
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (lqa := self._trainer.lqa) is not None and lqa.step_size:
-            self._rates.append(lqa.step_size)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lqa = self._trainer.lqa
-        if lqa is None or not state.is_world_process_zero or not self._rates:
-            return
-        share = lqa.probe_seconds / max(time.perf_counter() - self._begun, 1e-9)
-        print(
-            f"LQA: learning rates {min(self._rates):.2g} to {max(self._rates):.2g},"
-            f" {lqa.counts['probe_forwards']} probe forwards ({share:.1%} of the time), {lqa.rejected} fits rejected,"
-            f" {lqa.counts['skipped']} steps skipped.",
-            flush=True,
-        )
-
-
-def _value(name: Any) -> str:
-    return str(getattr(name, "value", name))
 
 
 class LQATrainer(LQATrainerMixin, Trainer):

@@ -102,7 +102,7 @@ def test_a_set_up_is_refused(pretend, message, tmp_path):
 )
 def test_sagemakers_own_back_ends_are_refused(kind, message, tmp_path, monkeypatch):
     # What decides is the environment and an installed smdistributed, which only SageMaker has.
-    monkeypatch.setattr(hf_lqa.trainer, f"is_sagemaker_{kind}_enabled", lambda: True)
+    monkeypatch.setattr(hf_lqa.refusals, f"is_sagemaker_{kind}_enabled", lambda: True)
     with pytest.raises(ValueError, match=message):
         hf_lqa.LQATrainer(tiny_bert(), arguments(tmp_path), train_dataset=rows())
     hf_lqa.LQATrainer(tiny_bert(), arguments(tmp_path, optim="sgd"), train_dataset=rows())

@@ -109,12 +109,12 @@ def test_probes_are_exact_with_dynamic_padding(sampling, tmp_path):
 @pytest.mark.parametrize(("model", "data"), [(tiny_bert, rows), (tiny_llama, language_rows)])
 def test_accumulation_measures_what_one_batch_does(model, data, tmp_path):
     """1 x 32 and 4 x 8; the second step is the shorter one at the end of the epoch, 1 x 16 and 2 x 8."""
-    found = []
+    found, divisors = [], []
     for batch, accumulation in ((32, 1), (8, 4)):
         # The BERT classifier's own loss is the mean of each micro-batch, which the Trainer takes for scaled already.
         init = {"compute_loss_func": mean_loss} if model is tiny_bert else {}
         network = model(dropout=0.0) if model is tiny_bert else model()
-        _, recorder, replays = run(
+        trainer, recorder, replays = run(
             tmp_path / str(batch),
             network,
             data(48),
@@ -128,14 +128,34 @@ def test_accumulation_measures_what_one_batch_does(model, data, tmp_path):
         )
         assert all(a == b for a, b in replays.pairs)
         found.append(recorder.steps)
+        divisors.append(trainer.accelerator.gradient_accumulation_steps)
+    # Before Transformers 5.5.4 Accelerate divides once more, the loss and with it the gradient that is the direction.
+    one_by, by = divisors
+    assert one_by == 1 and by in (1, 4)
     for one, many in zip(*found, strict=True):
-        assert many["losses"] == pytest.approx(one["losses"], rel=1e-6)
-        assert many["radius"] == pytest.approx(one["radius"], rel=1e-5)
-        assert many["slope"] == pytest.approx(one["slope"], rel=1e-5)
+        assert [by * loss for loss in many["losses"]] == pytest.approx(one["losses"], rel=1e-6)
+        assert many["radius"] / by == pytest.approx(one["radius"], rel=1e-5)
+        assert many["slope"] * by**2 == pytest.approx(one["slope"], rel=1e-5)
         # A second difference of losses: their rounding, divided by their share of the second difference.
         minus, center, plus = one["losses"]
         noise = 4e-7 * center / abs(minus - 2 * center + plus)
-        assert many["curvature"] == pytest.approx(one["curvature"], rel=max(1e-5, noise))
+        assert many["curvature"] * by**3 == pytest.approx(one["curvature"], rel=max(1e-5, noise))
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_the_first_step_does_not_depend_on_how_a_batch_is_cut(accumulation, tmp_path):
+    """With a direction that does not know the gradient's scale, whatever Accelerate divides it by."""
+    found = []
+    for n in (1, accumulation):
+        changes = {"max_steps": 1, "per_device_train_batch_size": 32 // n, "gradient_accumulation_steps": n}
+        init = {"compute_loss_func": mean_loss}
+        _, recorder, _ = run(
+            tmp_path / str(n), tiny_bert(dropout=0.0), init=init, optim="lqa", optim_args=None, **changes
+        )
+        found.append(recorder.steps[0])
+    one, many = found
+    assert many["radius"] == pytest.approx(one["radius"], rel=1e-3)
+    assert many["step_size"] == pytest.approx(one["step_size"], rel=1e-3)
 
 
 class KeepsScalars(hf_lqa.LQATrainer):
@@ -143,7 +163,7 @@ class KeepsScalars(hf_lqa.LQATrainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        vars(self).setdefault("scalars", []).append(float(loss))
+        vars(self).setdefault("scalars", []).append(float(loss) / self.accelerator.gradient_accumulation_steps)
         return loss
 
 

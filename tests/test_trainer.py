@@ -61,7 +61,8 @@ def test_the_probe_at_the_origin_is_the_training_loss_bit_for_bit(accumulation, 
     class Checked(hf_lqa.LQATrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self.summed = loss if self.summed is None else self.summed + loss
+            scalar = loss / self.accelerator.gradient_accumulation_steps  # not 1 before Transformers 5.5.4
+            self.summed = scalar if self.summed is None else self.summed + scalar
             probe = self.lqa._armed
             if probe is not None:
                 grads = [p.grad.clone() for p in model.parameters()]

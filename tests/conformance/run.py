@@ -15,15 +15,23 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
-#: Tests that assert an optimizer's own trajectory: pattern of the test's name -> why it must differ.
+#: Tests that assert an optimizer's own trajectory, or its name: pattern of the test's name -> why it must differ.
 EXPECTED: dict[str, str] = {
     r"::test_get_learning_rates$": "asserts the learning rate that AdamW was given; LQA's groups hold multipliers",
     r"::test_cosine_with_min_lr_schedule_with_warmup_lr_rate$": "asserts the rates of a schedule of learning_rate=0.2;"
     " LQA's schedule multiplies 1.0",
     r"::test_logging_inf_nan_filter$": "asserts that training diverges at learning_rate=1e9, which LQA does not use",
+    r"::test_enum_coercions$": "asserts args.optim == 'adamw_torch', in whose place this script itself puts 'lqa'",
 }
+
+if [int(part) for part in re.findall(r"\d+", version("transformers"))[:3]] < [5, 5, 4]:
+    EXPECTED[r"::test_gradient_accumulation$"] = (
+        "Accelerate divides gradients by the accumulation steps there, which shows unless clipping hides it: the"
+        " stock Trainer fails the test with learning_rate=0.5, LQA passes it with max_grad_norm=1e9"
+    )
 
 #: The folders that the suite has had; those that a checkout has are run.
 SUITES = ("tests/trainer",)
