@@ -32,6 +32,14 @@ ELSEWHERE = {
     'pip install -e ".[lightning]"': ("pyproject.toml", '"hf-lqa[lightning]"'),
     "python -m hf_lqa -m MODULE ARGS": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
     "python -m hf_lqa -m trl.scripts.sft --optim lqa ...": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
+    "accelerate launch -m hf_lqa -m trl.scripts.sft --optim lqa ...": (
+        "tests/test_runner.py",
+        '("accelerate", "module")',
+    ),
+    "torchrun --nproc_per_node 2 -m hf_lqa -m trl.scripts.sft --optim lqa ...": (
+        "tests/test_runner.py",
+        '("torchrun", "module")',
+    ),
     'pip install -e ".[examples]"': ("pyproject.toml", 'test = ["hf-lqa[examples]"'),
     "python -m pytest tests/test_setups.py -k NAME": (".ci/run", "readme test-command"),
     "python -m pytest tests/test_gpu.py": (".ci/run", "readme test-command"),
