@@ -48,6 +48,11 @@ class LQA(torch.optim.Optimizer):
         base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
             state are shared with it.
         policy: ``"cross_batch"`` (averaged, the default) or ``"paper"`` (arXiv 2004.03260 to the letter).
+        total_steps: how many steps training has, ``>= 1``; the longer it is, the lower the level. `None`: as if it had
+            no end.
+        final_factor: what the schedule multiplies the step size by at the end of training, in [0, 1]: 1.0, the default,
+            without a schedule or with a constant one, 0.0 with one that decays to 0. Nothing is annealed by it: it says
+            what the schedule does. Needs `total_steps`.
         options: the policy's arguments, see `hf_lqa.policy`, `hf_lqa.first_steps` and `hf_lqa.cross_batch`.
 
     Attributes:
@@ -61,10 +66,18 @@ class LQA(torch.optim.Optimizer):
 
     Raises:
         ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `policy` is unknown, or an
-            option is unknown or out of range.
+            option is unknown or out of range, as `total_steps` and `final_factor` may be.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, policy: str = "cross_batch", **options: Any):
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        policy: str = "cross_batch",
+        *,
+        total_steps: int | None = None,
+        final_factor: float = 1.0,
+        **options: Any,
+    ):
         if isinstance(base, torch.optim.LBFGS):
             raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
         if not any(group["params"] for group in base.param_groups):
@@ -80,7 +93,13 @@ class LQA(torch.optim.Optimizer):
                 stacklevel=2,
             )
         self.base = base
+        if total_steps is None and final_factor != 1:
+            raise ValueError(
+                f"final_factor={final_factor!r} without total_steps: give total_steps, after which it is so"
+            )
         self.policy: PaperPolicy = POLICIES[policy](**options)
+        if total_steps is not None:
+            self.policy.plan(total_steps, final_factor)
         self.step_size: float | None = None
         self.last_probe: ProbeRecord | None = None
         self.last_end_slope: float | None = None

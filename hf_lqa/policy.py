@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from .quadratic import Fit, Verdict
@@ -157,8 +158,11 @@ class PaperPolicy:
         Raises:
             ValueError: an argument is out of its range.
         """
-        require(total_steps >= 1, "total_steps", total_steps, "must be an integer >= 1")
-        require(0 <= final_factor <= 1, "final_factor", final_factor, "must be in [0, 1]")
+        integer = isinstance(total_steps, Integral) and not isinstance(total_steps, bool)
+        require(integer and total_steps >= 1, "total_steps", total_steps, "must be an integer >= 1")
+        require(
+            isinstance(final_factor, Real) and 0 <= final_factor <= 1, "final_factor", final_factor, "must be in [0, 1]"
+        )
 
     def _adapt_radius(self, fit: Fit) -> None:
         if fit.verdict is Verdict.BELOW_NOISE:

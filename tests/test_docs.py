@@ -29,6 +29,17 @@ ELSEWHERE = {
         ".ci/run",
         "readme test-command",
     ),
+    'pip install -e ".[lightning]"': ("pyproject.toml", '"hf-lqa[lightning]"'),
+    "python -m hf_lqa -m MODULE ARGS": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
+    "python -m hf_lqa -m trl.scripts.sft --optim lqa ...": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
+    "accelerate launch -m hf_lqa -m trl.scripts.sft --optim lqa ...": (
+        "tests/test_runner.py",
+        '("accelerate", "module")',
+    ),
+    "torchrun --nproc_per_node 2 -m hf_lqa -m trl.scripts.sft --optim lqa ...": (
+        "tests/test_runner.py",
+        '("torchrun", "module")',
+    ),
     'pip install -e ".[examples]"': ("pyproject.toml", 'test = ["hf-lqa[examples]"'),
     "python -m pytest tests/test_setups.py -k NAME": (".ci/run", "readme test-command"),
     "python -m pytest tests/test_gpu.py": (".ci/run", "readme test-command"),
@@ -52,6 +63,7 @@ FLAGS = {
     "parabola.py": "--cache_dir cache --step 1 --points 5 --batch_size 8 --output out/parabola.png",
     "pytorch_loop.py": "--steps 60",
     "accelerate_loop.py": "",
+    "lightning_loop.py": "--steps 60",
 }
 #: What comes out, as the table in examples/README.md says: a number of this name.
 METRIC = {
@@ -63,6 +75,7 @@ METRIC = {
     "image_classification.py": "accuracy",
     "pytorch_loop.py": "accuracy",
     "accelerate_loop.py": "accuracy",
+    "lightning_loop.py": "accuracy",
 }
 MY_SCRIPT = """
 import torch
@@ -161,6 +174,8 @@ def check(command, printed, folder):
 
 @pytest.mark.parametrize("command", HERE)
 def test_command(command, folder, monkeypatch, capsys):
+    if "lightning_loop.py" in command:
+        pytest.importorskip("lightning")
     short = shortened(command)
     docstring_only = all(path.suffix == ".py" for path in COMMANDS[command])
     if not (docstring_only and short.startswith("python examples/")) and "hf_lqa.plot" not in short:

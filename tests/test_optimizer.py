@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -318,3 +319,47 @@ def test_errors_name_what_is_wrong():
         ReplayedLoss(net()).record(lambda: torch.ones(2))
     with pytest.raises(ValueError, match="before anything was recorded"):
         ReplayedLoss(net())()
+
+
+def trained(plan=None, **planned):
+    torch.manual_seed(0)
+    loss = Quadratic()
+    optimizer = LQA(torch.optim.AdamW([loss.w], lr=1.0), **planned)
+    if plan is not None:
+        optimizer.policy.plan(*plan)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step(loss)
+    return loss.w.detach()
+
+
+@pytest.mark.parametrize("final_factor", [0.0, 0.05, 1.0])
+def test_the_steps_of_training_can_be_given_when_it_is_built(final_factor):
+    given = trained(total_steps=40, final_factor=final_factor)
+    assert torch.equal(given, trained(plan=(40, final_factor)))
+    assert not torch.equal(given, trained(total_steps=1000, final_factor=final_factor))
+
+
+def test_without_a_final_factor_a_rate_that_stays_is_planned_for():
+    assert torch.equal(trained(total_steps=40), trained(plan=(40, 1.0)))
+    # A run whose end is not known is an endless one, at a rate that stays.
+    assert torch.equal(trained(), trained(total_steps=10**9))
+
+
+@pytest.mark.parametrize("policy", ["cross_batch", "paper"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("total_steps", v) for v in (0, -1, 2.5, "100", True, float("nan"))]
+    + [("final_factor", v) for v in (-0.1, 1.5, "0", None, float("nan"))],
+)
+def test_steps_or_a_final_factor_out_of_range_are_named(policy, name, value):
+    base = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))}: must be"):
+        LQA(base, policy, **{"total_steps": 10, name: value})
+
+
+def test_a_final_factor_without_the_steps_is_an_error():
+    base = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(ValueError, match=r"^final_factor=0\.0 without total_steps"):
+        LQA(base, final_factor=0.0)
