@@ -26,7 +26,7 @@ def refuse_base(base: Any, source: str) -> None:
         reason = "it is no torch.optim.Optimizer"
     elif isinstance(base, torch.optim.LBFGS):
         reason = "it evaluates the loss itself in every step"
-    elif any("lr" not in group for group in base.param_groups):
+    elif any(group.get("lr") is None for group in base.param_groups):
         reason = "its param groups have no 'lr', which LQA sets"
     elif name.lower() in ("lomo", "adalomo"):
         reason = NO_BASE["lomo"]

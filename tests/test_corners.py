@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from common import Recorder, Replays, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
-from transformers import Trainer, TrainerCallback
+from transformers import Adafactor, Trainer, TrainerCallback
 
 import hf_lqa
 from hf_lqa import LQA, LQATrainer
@@ -488,6 +488,7 @@ CANNOT = {
     "Lomo": (Lomo, "it steps inside backward"),
     "Estimates": (Estimates, "a learning rate of its own"),
     "NoRate": (NoRate, "no 'lr'"),
+    "Adafactor": (lambda params: Adafactor(params, lr=None), "no 'lr'"),
     "zero": (lambda params: torch.optim.SGD(params, lr=0.0), "must be > 0"),
     "none": (lambda params: None, "it is no torch.optim.Optimizer"),
 }
