@@ -144,7 +144,8 @@ LAUNCHERS = {
     "launcher, target", [("accelerate", "script"), ("accelerate", "module"), ("torchrun", "module")]
 )
 def test_launchers(launcher, target, script, tmp_path):
-    flags = [*FLAGS.split(), "--kind", "own", "--optim", "lqa", "--ddp_backend", "gloo"]
+    flags = [*FLAGS.split(), "--kind", "own", "--optim", "lqa"]
+    flags += ["--ddp_backend", "gloo"] if launcher == "torchrun" else []
     program = [script] if target == "script" else ["-m", "scripts.run_task"]
     run(tmp_path, "-m", *LAUNCHERS[launcher], "-m", "hf_lqa", *program, *flags)
     found = result(tmp_path)
