@@ -260,7 +260,7 @@ def both(folder, *program, options=()):
     "command",
     [
         ["scripts/program.py", "--optim", "lqa"],
-        ["./link.py"],
+        ["./scripts/../link.py"],
         ["-m", "program", "-m", "x"],
         ["-m", "pkg"],
         ["-mpkg.inner", "--help"],
