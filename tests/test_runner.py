@@ -224,8 +224,9 @@ if __name__ == "__main__":
     print(json.dumps(state(), sort_keys=True, default=str))
     # The interpreter forgets the file of a script, not of a module, when it has run.
     atexit.register(lambda: print(json.dumps({{**state(), "globals": None}}, sort_keys=True, default=str)))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        print(pool.map(double, [Rows()]))
+    if not __file__.endswith("__main__.py"):  # which `multiprocessing` does not import again
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.map(double, [Rows()]))
 """
 
 
