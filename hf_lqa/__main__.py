@@ -89,7 +89,7 @@ def _new_main() -> types.ModuleType:
 def run_script(path: str, argv: list[str]) -> None:
     """Run a file as ``python SCRIPT`` does: ``__main__``, ``sys.argv``, ``sys.path[0]``."""
     sys.argv = [path, *argv]
-    path = os.path.abspath(path)
+    path = os.path.join(os.getcwd(), path)  # as the interpreter does, which leaves a ".." in
     loader = SourceFileLoader("__main__", path)
     try:
         code = loader.source_to_code(loader.get_data(path), path)

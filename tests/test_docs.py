@@ -32,11 +32,11 @@ ELSEWHERE = {
     'pip install -e ".[lightning]"': ("pyproject.toml", '"hf-lqa[lightning]"'),
     "python -m hf_lqa -m MODULE ARGS": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
     "python -m hf_lqa -m trl.scripts.sft --optim lqa ...": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
-    "accelerate launch -m hf_lqa -m trl.scripts.sft --optim lqa ...": (
+    "accelerate launch -m hf_lqa -m MODULE ARGS": (
         "tests/test_runner.py",
         '("accelerate", "module")',
     ),
-    "torchrun --nproc_per_node 2 -m hf_lqa -m trl.scripts.sft --optim lqa ...": (
+    "torchrun --nproc_per_node 2 -m hf_lqa -m MODULE ARGS": (
         "tests/test_runner.py",
         '("torchrun", "module")',
     ),
