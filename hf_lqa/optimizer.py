@@ -6,13 +6,14 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import verification
 from .cross_batch import POLICIES
 from .direction import Direction, rescaled, with_gradient
 from .policy import PaperPolicy
@@ -97,7 +98,8 @@ class LQA(torch.optim.Optimizer):
         last_probe: its `ProbeRecord`.
         last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the direction; the last
             that was measured, `None` before any.
-        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict.
+        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict; and what
+            `hf_lqa.verification` has found out.
 
     Raises:
         ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `policy` is unknown, or an
@@ -125,7 +127,7 @@ class LQA(torch.optim.Optimizer):
         self.last_probe: ProbeRecord | None = None
         self.last_end_slope: float | None = None
         self.counts: dict[str, int] = dict.fromkeys(
-            ["steps", "skipped", "probe_forwards", *(v.value for v in Verdict)], 0
+            ["steps", "skipped", "probe_forwards", *verification.COUNTS, *(v.value for v in Verdict)], 0
         )
         #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
@@ -294,15 +296,21 @@ class LQA(torch.optim.Optimizer):
         direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
-        center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
+        loss = closure() if known is None else known
+        hindrances = verification.hindrances(closure, self.counts)
+        center, slope, *hindered = self._read(loss, direction.slope() / clip, *hindrances)
         forwards = 0 if known is not None else 1
         radius = self.policy.radius(center, slope)
         minus = plus = math.nan
+        noise = self._relative_noise(closure)
         if radius is None:
             verdict = Verdict.NON_DESCENT if math.isfinite(center) and math.isfinite(slope) else Verdict.NON_FINITE
             probe = ProbeRecord(
                 self.counts["steps"], math.nan, minus, center, plus, Fit(slope, math.nan, None, verdict)
             )
+        elif not self._can_replay(closure, direction, hindered, noise):
+            fit = Fit(slope, math.nan, None, Verdict.NOT_REPLAYABLE)
+            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         else:
             try:
                 direction.move_to(-radius)
@@ -318,12 +326,23 @@ class LQA(torch.optim.Optimizer):
                 center,
                 plus,
                 radius,
-                noise=self._relative_noise(closure) * abs(center),
+                noise=noise * abs(center),
                 max_step=self.policy.max_step(center, slope),
             )
             probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         self.counts["probe_forwards"] += forwards
         return probe, slope
+
+    def _can_replay(
+        self, closure: Callable[[], Tensor], direction: Direction, hindered: Sequence[float], noise: float
+    ) -> bool:
+        known = self.counts[verification.CHECKED]
+        try:
+            needed = self.policy.needs_replays
+            return verification.can_replay(closure, hindered, self.counts, self._read, noise, needed)
+        finally:
+            if not known:
+                direction.restore()  # a forward may write to the weights, e.g. bound the norms of an embedding
 
     def _take_snapshot(self) -> Snapshot:
         moved = with_gradient(self.base)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .replay import ReplayedLoss, Surroundings
+from .replay import Forward, ReplayedLoss
 
 #: Containers larger than this are data, not counters, and are not searched for side effects.
 _MAX_CONTAINER = 4096
@@ -39,39 +39,6 @@ def copy_containers(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def attributes_kept(owner: object) -> Iterator[None]:
-    """Leave an object's own counters as they were: numbers, small tensors, and dicts, lists, sets of such, in place.
-
-    TRL's trainers, sentence-transformers' and many a subclass count tokens or collect metrics in ``compute_loss``; a
-    probe must not count. Objects, data sets and large containers are left alone.
-    """
-    bindings = dict(vars(owner))
-    contents: list[tuple[Any, Any]] = []
-    for value in bindings.values():
-        if isinstance(value, Tensor) and value.numel() <= _MAX_CONTAINER:
-            contents.append((value, value.detach().clone()))
-        elif isinstance(value, (dict, list, set)) and len(value) <= _MAX_CONTAINER:
-            contents.append((value, copy_containers(value)))
-    try:
-        yield
-    finally:
-        for value, saved in contents:
-            if isinstance(value, Tensor):
-                with torch.no_grad():
-                    value.copy_(saved)
-            elif isinstance(value, list):
-                value[:] = saved
-            else:
-                value.clear()
-                value.update(saved)
-        for name in [name for name in vars(owner) if name not in bindings]:
-            delattr(owner, name)
-        for name, value in bindings.items():
-            if vars(owner).get(name, owner) is not value:
-                setattr(owner, name, value)
-
-
 def _reshard(model: nn.Module) -> None:
     """Free the unsharded weights of FSDP2 modules, or the next forward would use the weights from before a move.
 
@@ -84,7 +51,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 class TrainerProbe(ReplayedLoss):
-    """Differs from `ReplayedLoss` in what it leaves untouched: also the Trainer's own counters, and FSDP2's shards.
+    """Differs from `ReplayedLoss` in what it leaves untouched: also the Trainer itself, its log, and FSDP2's shards.
 
     Args:
         trainer: the Trainer; its ``compute_loss`` is what is replayed.
@@ -93,16 +60,21 @@ class TrainerProbe(ReplayedLoss):
     """
 
     def __init__(self, trainer: Any, model: nn.Module, weight: float = 1.0):
-        super().__init__(model, weight)
+        super().__init__(model, weight=weight)
         self._trainer = trainer
 
-    def __call__(self) -> Tensor:
-        _reshard(self.model)
+    def _names(self) -> dict[str, Any]:
+        return {**super()._names(), type(self._trainer).__name__: self._trainer}
+
+    def _replay(self, check: bool) -> Tensor:
+        (model,) = self.models
+        _reshard(model)
         try:
-            with attributes_kept(self._trainer):
-                return super().__call__()
+            # What a `compute_loss` logs was logged in training.
+            with _shadowed(self._trainer, "log", lambda *args, **kwargs: None):
+                return super()._replay(check)
         finally:
-            _reshard(self.model)
+            _reshard(model)
 
 
 @contextmanager
@@ -112,19 +84,20 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
     Raises:
         ValueError: ``training_step`` did not call ``compute_loss`` and ``accelerator.backward`` once each.
     """
-    calls: list[tuple[Callable[[], Tensor], Surroundings, Tensor]] = []
+    calls: list[tuple[Callable[[], Tensor], Forward, Tensor]] = []
     scalars: list[Tensor] = []
     compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
     def recording_compute_loss(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        kept, surroundings = copy_containers(inputs), probe.surroundings()
-        result = compute_loss(model, inputs, *args, **kwargs)
+        kept = copy_containers(inputs)
+        with probe.watching({"inputs": kept, "compute_loss": compute_loss}) as forward:
+            result = compute_loss(model, inputs, *args, **kwargs)
 
         def compute() -> Tensor:
             again = compute_loss(model, copy_containers(kept), *args, **kwargs)
             return again[0] if isinstance(again, tuple) else again
 
-        calls.append((compute, surroundings, (result[0] if isinstance(result, tuple) else result).detach()))
+        calls.append((compute, forward, (result[0] if isinstance(result, tuple) else result).detach()))
         return result
 
     def recording_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -140,9 +113,9 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
             f" {len(scalars)} times: LQA can replay a loss only if each is called once per micro-batch. Use another"
             " --optim with this Trainer"
         )
-    (compute, surroundings, computed), (scalar,) = calls[0], scalars
+    (compute, forward, computed), (scalar,) = calls[0], scalars
     scaling = _scaling(computed, scalar, getattr(trainer, "current_gradient_accumulation_steps", 1))
-    probe.add(lambda: scaling(compute()), surroundings, scalar)
+    probe.add(lambda: scaling(compute()), forward, scalar)
 
 
 def _scaling(computed: Tensor, scalar: Tensor, steps: int) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,419 @@
+"""The places in which a forward pass can keep state: how each is read, compared, and written back.
+
+A holder's reading is a copy. `Holder.back` compares two of them and says what must be written to undo the difference.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import operator
+import pickle
+import random
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import CellType, GeneratorType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .slopes import local_part
+
+#: What `Holder.back` returns where two readings are alike.
+ALIKE = object()
+_MISSING = object()
+_PRIMITIVES = (bool, int, float, complex, str, bytes)
+#: Up to so many elements a tensor is compared whole, beyond by so many places along each dimension.
+_COMPARED_WHOLE, _PLACES = 4096, 8
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _PRIMITIVES) and a == b)
+
+
+def _without_graph(value: Any) -> Any:
+    """`value`, or the same memory without the activations behind it, which must not live on until the step."""
+    return value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+
+
+class Holder:
+    """Something that keeps state.
+
+    Attributes:
+        path: its name for the user.
+        owner: the object itself, kept alive.
+        restorable: whether a reading can be written back; else it is only compared.
+    """
+
+    restorable = True
+
+    def __init__(self, path: str, owner: Any):
+        self.path, self.owner = path, owner
+
+    @property
+    def key(self) -> tuple[type, int]:
+        """The same for two holders of the same thing."""
+        return type(self), id(self.owner)
+
+    def read(self) -> Any:
+        raise NotImplementedError
+
+    def back(self, before: Any, after: Any) -> Any:
+        """What to `write` to get from the reading `after` to `before`; `ALIKE` if nothing."""
+        raise NotImplementedError
+
+    def write(self, back: Any) -> None:
+        raise NotImplementedError
+
+    def earlier(self, first: Any, then: Any) -> Any:
+        """What to `write` to undo two changes at once, the later one of which `then` undoes."""
+        return first
+
+    def names(self, back: Any) -> list[str]:
+        """What `back` changes, for the user."""
+        return [self.path]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Values of some names; `whole`: there are no others, and this is their order."""
+
+    values: dict[Any, Any]
+    whole: bool = False
+
+
+class Names(Holder):
+    """Bindings of names to values: an object's attributes. Only those that changed are written back."""
+
+    label = "{}.{}"
+
+    def _space(self) -> dict[Any, Any]:
+        return vars(self.owner)
+
+    def read(self) -> dict[Any, Any]:
+        return dict(self._space())
+
+    def back(self, before: dict[Any, Any], after: dict[Any, Any]) -> Any:
+        changed = {k: _without_graph(v) for k, v in before.items() if not _same(v, after.get(k, _MISSING))}
+        added = {k: _MISSING for k in after if k not in before}
+        return _Entries(changed | added) if changed or added else ALIKE
+
+    def write(self, back: _Entries) -> None:
+        for name, value in back.values.items():
+            if value is _MISSING:
+                self._delete(name)
+            else:
+                self._set(name, value)
+
+    def _set(self, name: Any, value: Any) -> None:
+        self._space()[name] = value
+
+    def _delete(self, name: Any) -> None:
+        self._space().pop(name, None)
+
+    def earlier(self, first: _Entries, then: _Entries) -> _Entries:
+        return first if first.whole else _Entries(then.values | first.values, then.whole)
+
+    def names(self, back: _Entries) -> list[str]:
+        return [self.label.format(self.path, name) for name in back.values]
+
+
+class Items(Names):
+    """A dict, with its order where keys came or went."""
+
+    label = "{}[{!r}]"
+
+    def _space(self) -> dict[Any, Any]:
+        return self.owner
+
+    def back(self, before: dict[Any, Any], after: dict[Any, Any]) -> Any:
+        back = super().back(before, after)
+        if list(before) == list(after):
+            return back
+        return _Entries({k: _without_graph(v) for k, v in before.items()}, whole=True)
+
+    def write(self, back: _Entries) -> None:
+        kind: Any = OrderedDict if isinstance(self.owner, OrderedDict) else dict  # whatever a subclass does with items
+        if back.whole:
+            kind.clear(self.owner)
+        for name, value in back.values.items():
+            if value is not _MISSING:
+                kind.__setitem__(self.owner, name, value)
+
+    def names(self, back: _Entries) -> list[str]:
+        return [self.path] if back.whole else super().names(back)
+
+
+class Slots(Names):
+    def _space(self) -> dict[Any, Any]:
+        slots = {s for c in type(self.owner).__mro__ for s in _strings(vars(c).get("__slots__", ()))}
+        found = {s: getattr(self.owner, s, _MISSING) for s in slots if s not in ("__dict__", "__weakref__")}
+        return {k: v for k, v in found.items() if v is not _MISSING}
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self.owner, name, value)
+
+    def _delete(self, name: str) -> None:
+        object.__delattr__(self.owner, name)
+
+
+def _strings(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+class Variable(Names):
+    """A variable of an enclosing function."""
+
+    label = "{}"
+
+    def _space(self) -> dict[Any, Any]:
+        cell: CellType = self.owner
+        try:
+            return {"value": cell.cell_contents}
+        except ValueError:  # not assigned yet
+            return {}
+
+    def _set(self, name: str, value: Any) -> None:
+        self.owner.cell_contents = value
+
+    def _delete(self, name: str) -> None:
+        del self.owner.cell_contents
+
+
+class Globals(Names):
+    """The variables of a module that a function names."""
+
+    label = "{}.{}"
+
+    def __init__(self, path: str, owner: Any, names: frozenset[str]):
+        super().__init__(path, owner)
+        self._names = names
+
+    @property
+    def key(self) -> tuple[type, int]:
+        return type(self), hash((id(self.owner), self._names))
+
+    def read(self) -> dict[Any, Any]:
+        return {name: self.owner[name] for name in self._names if name in self.owner}
+
+    def _space(self) -> dict[Any, Any]:
+        return self.owner
+
+
+class ClassAttributes(Globals):
+    """A class's own values, which its instances may count in."""
+
+    def read(self) -> dict[Any, Any]:
+        space = vars(self.owner)
+        return {name: space[name] for name in self._names if name in space}
+
+    def _set(self, name: str, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+    def _delete(self, name: str) -> None:
+        delattr(self.owner, name)
+
+
+class Elements(Holder):
+    """A list, deque, set, bytearray or array."""
+
+    def read(self) -> list[Any]:
+        return list(self.owner)
+
+    def back(self, before: list[Any], after: list[Any]) -> Any:
+        if len(before) == len(after) and not any(map(operator.is_not, before, after)):
+            return ALIKE
+        return [_without_graph(value) for value in before]
+
+    def write(self, back: list[Any]) -> None:
+        if isinstance(self.owner, list):
+            list.__setitem__(self.owner, slice(None), back)
+        elif isinstance(self.owner, set):
+            set.clear(self.owner)
+            set.update(self.owner, back)
+        elif isinstance(self.owner, deque):
+            deque.clear(self.owner)
+            deque.extend(self.owner, back)
+        elif isinstance(self.owner, bytearray):
+            self.owner[:] = bytes(back)
+        else:
+            self.owner[:] = array.array(self.owner.typecode, back)
+
+
+class Stream(Holder):
+    """A random number generator: torch's, NumPy's or Python's."""
+
+    def read(self) -> Any:
+        owner = self.owner
+        if isinstance(owner, torch.Generator):
+            return owner.get_state()
+        if isinstance(owner, random.Random):
+            return owner.getstate()
+        return owner.get_state() if hasattr(owner, "get_state") else _bit_generator(owner).state
+
+    def back(self, before: Any, after: Any) -> Any:
+        same = torch.equal(before, after) if isinstance(before, Tensor) else pickle.dumps(before) == pickle.dumps(after)
+        return ALIKE if same else before
+
+    def write(self, back: Any) -> None:
+        owner = self.owner
+        if isinstance(owner, torch.Generator):
+            owner.set_state(back)
+        elif isinstance(owner, random.Random):
+            owner.setstate(back)
+        elif hasattr(owner, "set_state"):
+            owner.set_state(back)
+        else:
+            _bit_generator(owner).state = back
+
+
+def _bit_generator(generator: Any) -> Any:
+    return getattr(generator, "bit_generator", generator)
+
+
+def is_stream(value: Any) -> bool:
+    if isinstance(value, (torch.Generator, random.Random)):
+        return not isinstance(value, random.SystemRandom)
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return False
+    kinds = (numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator)
+    return isinstance(value, kinds)
+
+
+class Array(Holder):
+    """A NumPy array."""
+
+    def read(self) -> Any:
+        return self.owner.copy()
+
+    def back(self, before: Any, after: Any) -> Any:
+        same = before.shape == after.shape and before.tobytes() == after.tobytes()
+        return ALIKE if same else before
+
+    def write(self, back: Any) -> None:
+        if self.owner.shape != back.shape:
+            self.owner.resize(back.shape, refcheck=False)
+        self.owner[...] = back
+
+
+class Position(Holder):
+    """How far an iterator has come; nothing can put it back."""
+
+    restorable = False
+
+    def read(self) -> Any:
+        return position(self.owner)
+
+    def back(self, before: Any, after: Any) -> Any:
+        return ALIKE if len(before) == len(after) and all(map(_same, before, after)) else before
+
+
+def position(iterator: Any) -> tuple[Any, ...] | None:
+    """Something that changes as `iterator` goes on; `None` if it does not show it."""
+    if isinstance(iterator, GeneratorType):
+        frame = iterator.gi_frame
+        return () if frame is None else (frame.f_lasti, *frame.f_locals.values())
+    if isinstance(iterator, itertools.count):
+        return (repr(iterator),)
+    if hasattr(iterator, "_num_yielded"):  # a DataLoader's
+        return (iterator._num_yielded,)
+    hint = operator.length_hint(iterator, -1)
+    return None if hint < 0 else (hint,)
+
+
+class Gradient(Holder):
+    """A parameter's gradient, which a forward has no business with."""
+
+    restorable = False
+
+    def read(self) -> tuple[Any, int]:
+        grad = self.owner.grad
+        return grad, 0 if grad is None else _version(grad)
+
+    def back(self, before: tuple[Any, int], after: tuple[Any, int]) -> Any:
+        return ALIKE if before[0] is after[0] and before[1] == after[1] else before
+
+
+@dataclass(frozen=True)
+class Value:
+    """A reading of a tensor.
+
+    Attributes:
+        memory: the tensor's own; `version`: how often it was written to in the ways that PyTorch counts.
+        copy: of all of it, or of `sample` places.
+    """
+
+    memory: Tensor
+    version: int
+    copy: Tensor
+    sample: bool
+
+
+class Values(Holder):
+    """A tensor: its elements, or the memory that they are in (``p.data = ...``).
+
+    Args:
+        kept: whether readings are whole; else some of the elements stand for all, and it is only compared.
+        uncounted: whether it may be written to without its version going up: BatchNorm's kernels do that to buffers.
+    """
+
+    def __init__(self, path: str, owner: Tensor, kept: bool, uncounted: bool):
+        super().__init__(path, owner)
+        self.restorable, self.uncounted = kept, uncounted
+
+    def read(self) -> Value:
+        memory = local_part(self.owner).detach()
+        chosen = memory if self.restorable else _sample(memory)
+        return Value(memory, _version(self.owner), chosen.clone(), not self.restorable)
+
+    def untouched(self, before: Value) -> bool:
+        """Whether it certainly is as it was, by what can be told without waiting for a device."""
+        now = local_part(self.owner).detach()
+        if _moved(before.memory, now) or _version(self.owner) != before.version:
+            return False
+        if now.device.type == "cpu":
+            return not differing([(before, now)])[0]
+        return not self.uncounted
+
+    def write(self, back: Value) -> None:
+        tensor = local_part(self.owner)
+        if _moved(back.memory, tensor.detach()):
+            tensor.data = back.memory
+        # Through `data`: who counts versions must not take this for a change.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.data.copy_(back.copy)
+
+
+def differing(pairs: Sequence[tuple[Value, Tensor]]) -> list[bool]:
+    """Whether the elements of tensors differ from readings; for all on one device together, which waits once."""
+    found = [True] * len(pairs)
+    open_places: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for i, (before, now) in enumerate(pairs):
+        now = _sample(now) if before.sample else now
+        if now.shape != before.copy.shape or now.dtype != before.copy.dtype:
+            continue
+        same = (now == before.copy) | ((now != now) & (before.copy != before.copy))
+        open_places.setdefault(now.device, []).append((i, same.all()))
+    for together in open_places.values():
+        flags = torch.stack([flag for _, flag in together]).tolist()
+        for (i, _), flag in zip(together, flags, strict=True):
+            found[i] = not flag
+    return found
+
+
+def _moved(memory: Tensor, now: Tensor) -> bool:
+    return memory.data_ptr() != now.data_ptr() or memory.shape != now.shape
+
+
+def _sample(memory: Tensor) -> Tensor:
+    if memory.numel() <= _COMPARED_WHOLE:
+        return memory
+    return memory[tuple(slice(None, None, max(1, size // _PLACES)) for size in memory.shape)]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
