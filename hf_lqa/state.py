@@ -149,7 +149,7 @@ class _Search:
         yield from ((f"{path}.{k}", v) for k, v in vars(trainer).items() if k not in (*_TRAINERS_OWN, *_SHALLOW))
         yield from _class_of(path, trainer)
         for name in _SHALLOW:
-            if (owner := vars(trainer).get(name)) is not None and hasattr(owner, "__dict__"):
+            if (owner := vars(trainer).get(name)) is not None:
                 self.holders.append(Names(f"{path}.{name}", owner))
                 for key, value in vars(owner).items():
                     if isinstance(value, (dict, list)):
@@ -181,17 +181,16 @@ class _Search:
             if value.flags.writeable and value.nbytes <= _ALLOWANCE:
                 self.holders.append(Array(path, value))
             return iter(())
-        if hasattr(type(value), "__next__"):
-            known = position(value) is not None
-            if known:
-                self.holders.append(Position(path, value))
-            else:
+        if hasattr(type(value), "__next__") and (not _has_attributes(value) or hasattr(value, "_num_yielded")):
+            if position(value) is None:
                 self.unseen.append(path)
+            else:
+                self.holders.append(Position(path, value))
             return iter(())
         return self._object(path, value)
 
     def _tensor(self, path: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
-        if tensor.is_meta or tensor.layout is not torch.strided or _overlaps(tensor):
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided or _overlaps(tensor):
             return
         weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
         (self.weights if weight else self.others).append((path, tensor))
@@ -239,14 +238,19 @@ class _Search:
                 yield from self._globals(value)
 
     def _globals(self, function: FunctionType) -> Iterator[tuple[str, Any]]:
-        space = function.__globals__
-        named = {name: space[name] for name in _names_in(function.__code__) if name in space}
-        values = {k: v for k, v in named.items() if not isinstance(v, (FunctionType, type, ModuleType))}
-        if values:
-            self.holders.append(Globals(function.__module__, space, frozenset(values)))
-        for name, value in named.items():
-            if not isinstance(value, (FunctionType, type)) or _is_the_users(getattr(value, "__module__", None)):
-                yield name, value
+        mentioned = _names_in(function.__code__)
+        spaces = {function.__module__: function.__globals__}
+        for value in [function.__globals__.get(name) for name in mentioned]:
+            if isinstance(value, ModuleType) and _is_the_users(value.__name__):
+                spaces[value.__name__] = vars(value)
+        for module, space in spaces.items():
+            named = {name: space[name] for name in mentioned if name in space}
+            values = {k for k, v in named.items() if not isinstance(v, (FunctionType, type, ModuleType))}
+            if values:
+                self.holders.append(Globals(module, space, frozenset(values)))
+            for name, value in named.items():
+                if name in values or _is_the_users(getattr(value, "__module__", None)):
+                    yield name, value
 
     def _class(self, path: str, cls: type) -> Iterator[tuple[str, Any]]:
         if not _is_the_users(cls.__module__):
@@ -262,9 +266,10 @@ class _Search:
                 yield f"{cls.__name__}.{function.__name__}", function
 
     def _object(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if any(_is_machinery(cls.__module__) for cls in type(value).__mro__):
+        tokenizer = hasattr(type(value), "convert_tokens_to_ids")
+        if tokenizer or any(_is_machinery(cls.__module__) for cls in type(value).__mro__):
             return
-        for kind, has in ((Names, hasattr(value, "__dict__")), (Slots, _has_slots(type(value)))):
+        for kind, has in ((Names, _has_attributes(value)), (Slots, _has_slots(type(value)))):
             if has:
                 holder = kind(path, value)
                 self.holders.append(holder)
@@ -292,6 +297,10 @@ def _short(key: Any) -> bool:
 def _names_in(code: CodeType) -> set[str]:
     nested = (c for c in code.co_consts if isinstance(c, CodeType))
     return set(code.co_names).union(*map(_names_in, nested))
+
+
+def _has_attributes(value: Any) -> bool:
+    return type(value).__dictoffset__ != 0  # `hasattr` would ask a `__getattr__`
 
 
 def _has_slots(cls: type) -> bool:

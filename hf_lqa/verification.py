@@ -69,16 +69,17 @@ def _difference(closure: Any, read: Callable[..., list[float]], noise: float) ->
     replay = getattr(closure, "check", closure)
     allowed = _TOLERANCE * noise * abs(closure.loss)
 
-    def compare() -> tuple[Tensor, bool, bool]:
+    def compare() -> tuple[float, bool, bool, bool]:
         again = replay()
-        differs, traced = read(~((again - closure.loss).abs() <= allowed), float(bool(_traces(closure))))
-        return again, bool(differs), bool(traced)
+        flags = float(bool(_traces(closure))), float(getattr(closure, "with_grad", True) is False)
+        differs, traced, off = read(~((again - closure.loss).abs() <= allowed), *flags)
+        return float(again), bool(differs), bool(traced), bool(off)
 
-    again, differs, traced = compare()
-    if differs and getattr(closure, "with_grad", True) is False:
+    again, differs, traced, without_autograd = compare()
+    if differs and without_autograd:
         # Some compute a part of the loss only where autograd is on, and do not say so.
         closure.with_grad = True
-        again, differs, traced = compare()
+        again, differs, traced, _ = compare()
     if not (differs or traced):
         return None
     found = ", ".join(_traces(closure))
@@ -87,7 +88,7 @@ def _difference(closure: Any, read: Callable[..., list[float]], noise: float) ->
     unseen = ", ".join(getattr(closure, "unseen", ()))
     where = f"perhaps {unseen}, or something" if unseen else "something"
     return (
-        f"at the same weights a replay gave {float(again):.9g} instead of {float(closure.loss):.9g}; {where} outside"
+        f"at the same weights a replay gave {again:.9g} instead of {float(closure.loss):.9g}; {where} outside"
         " the model and the Trainer has changed in between"
     )
 
