@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .replay import Forward, ReplayedLoss
+from .slopes import is_sharded
 
 #: Containers larger than this are data, not counters, and are not searched for side effects.
 _MAX_CONTAINER = 4096
@@ -62,9 +63,14 @@ class TrainerProbe(ReplayedLoss):
     def __init__(self, trainer: Any, model: nn.Module, weight: float = 1.0):
         super().__init__(model, weight=weight)
         self._trainer = trainer
+        self._owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
 
     def _names(self) -> dict[str, Any]:
         return {**super()._names(), type(self._trainer).__name__: self._trainer}
+
+    def _trained(self, weight: Tensor) -> bool:
+        # FSDP2's parameters are other objects than the optimizer's.
+        return weight.requires_grad and (is_sharded(weight) or id(weight) in self._owned)
 
     def _replay(self, check: bool) -> Tensor:
         (model,) = self.models

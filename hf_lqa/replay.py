@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .holders import Values
-from .state import Changes, Reading, reach
+from .rounding import autocast_inside, rounding_error
+from .search import reach
+from .state import Changes, Reading
+from .values import Values
 
 
 @dataclass(frozen=True)
@@ -70,34 +72,6 @@ class Forward:
         # No cache: a held outer context would keep the casts of these weights for the next forward.
         with torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False):
             yield
-
-
-#: Rounding error of one loss, relative to its value, in units of the machine epsilon. Measured, see METHOD.md: products
-#: of half precision are summed in float32, and those of float32 in itself.
-_FULL, _HALF = 2.0, 0.25
-#: The same where the moved weights themselves are of half precision: most of a small move is rounded away.
-_HALF_WEIGHTS = 0.5
-
-
-def rounding_error(model: nn.Module, autocast: torch.dtype | None) -> float:
-    """Standard error of a loss of `model` by rounding, relative to its value; `autocast`: its type, where enabled."""
-
-    def of(dtype: torch.dtype, half: float) -> float:
-        eps = torch.finfo(dtype).eps
-        return eps * (half if eps > torch.finfo(torch.float32).eps else _FULL)
-
-    kinds = {(p.dtype, p.requires_grad) for p in model.parameters() if p.is_floating_point()}
-    errors = [of(dtype, _HALF_WEIGHTS if moved else _HALF) for dtype, moved in kinds]
-    return max([*errors, of(autocast, _HALF)] if autocast is not None else errors)
-
-
-def autocast_inside(model: nn.Module) -> torch.dtype | None:
-    """What Accelerate casts to within the forward of a model that it has prepared; no context outside shows it."""
-    # No import: where nobody has imported it, nobody has prepared a model.
-    state = sys.modules.get("accelerate.state")
-    if state is None or not any(hasattr(module, "_original_forward") for module in model.modules()):
-        return None
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(state.AcceleratorState().mixed_precision)
 
 
 #: Of each model, the weights that forwards have been seen to write to though no probe moves them: copied from then on.
@@ -174,7 +148,7 @@ class ReplayedLoss:
         number = len(self._micro_batches)
         self._roots |= {f"{name} of micro-batch {number + 1}" if number else name: r for name, r in roots.items()}
         # What is trained is copied where a probe moves it.
-        found = reach({**self._names(), **roots}, lambda weight: weight.requires_grad, self._written(), gradients=True)
+        found = reach({**self._names(), **roots}, self._trained, self._written(), gradients=True)
         forward = Forward(
             RNGState.capture(self._devices), kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         )
@@ -203,6 +177,10 @@ class ReplayedLoss:
         alike = len(kinds) != len(set(kinds))
         names = [f"{kind}[{i}]" if alike else kind for i, kind in enumerate(kinds)]
         return dict(zip(names, self.models, strict=True))
+
+    def _trained(self, weight: Tensor) -> bool:
+        """Whether the optimizer may own `weight`."""
+        return weight.requires_grad
 
     def _written(self) -> set[str]:
         return set().union(*(_WRITTEN.get(model, ()) for model in self.models))

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 import hf_lqa
-from hf_lqa import LQA, ReplayedLoss, Verdict, state
-from hf_lqa.holders import Values
+from hf_lqa import LQA, ReplayedLoss, Verdict, search
+from hf_lqa.values import Values
 
 STEPS = 5
 STREAM = np.random.default_rng(0)
@@ -411,8 +411,8 @@ class TeacherThatRequiresGrad(MomentumEncoder):
 @pytest.mark.parametrize("make", [TeacherThatRequiresGrad, MomentumEncoderThroughData, QueueWrittenAfterItIsRead])
 def test_what_is_too_large_to_copy_is_copied_once_it_has_changed(make, monkeypatch):
     if make is not TeacherThatRequiresGrad:
-        monkeypatch.setattr(state, "_SMALL", 4)
-        monkeypatch.setattr(state, "_ALLOWANCE", -(10**9))
+        monkeypatch.setattr(search, "_SMALL", 4)
+        monkeypatch.setattr(search, "_ALLOWANCE", -(10**9))
     model, lqa, pairs, rates = trained(make)
     assert lqa.counts["not_replayable"] == 1 and lqa.counts["probe_forwards"] == 2 * (STEPS - 1)
     assert lqa.counts["replays_given_up"] == 0
@@ -421,11 +421,11 @@ def test_what_is_too_large_to_copy_is_copied_once_it_has_changed(make, monkeypat
 
 
 def test_frozen_weights_that_stay_are_not_copied(monkeypatch):
-    monkeypatch.setattr(state, "_ALLOWANCE", 0)
+    monkeypatch.setattr(search, "_ALLOWANCE", 0)
     adapted = nn.Sequential(nn.Linear(600, 600).requires_grad_(False), nn.Linear(600, 1))
     closure = ReplayedLoss(adapted)
     closure.record(lambda x: adapted(x).square().mean(), torch.ones(2, 600)).backward()
-    found = state.reach({"net": adapted}, lambda weight: weight.requires_grad).holders
+    found = search.reach({"net": adapted}, lambda weight: weight.requires_grad).holders
     copied = {h.path: h.read().copy.numel() for h in found if isinstance(h, Values)}
     assert copied["net.0.weight"] < 200 < 600 == copied["net.0.bias"]
     assert closure.complete and torch.equal(closure(), closure.loss)
