@@ -338,9 +338,7 @@ class InputEdited(Net):
         return hidden.square().mean()
 
 
-KINDS = [
-    cls for cls in list(vars().values()) if isinstance(cls, type) and issubclass(cls, Net) and cls not in (Net, Noise)
-]
+KINDS = [c for c in list(vars().values()) if isinstance(c, type) and issubclass(c, Net) and c is not Net]
 
 
 def batches(count=STEPS):
