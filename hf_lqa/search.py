@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from .holders import (
-    Array,
     ClassAttributes,
     Elements,
     Globals,
@@ -30,14 +29,11 @@ from .holders import (
     Holder,
     Items,
     Names,
-    Position,
     Slots,
-    Stream,
     Variable,
-    is_stream,
-    position,
 )
 from .slopes import is_sharded
+from .streams import Array, Position, Stream, is_stream, position
 from .values import Values
 
 #: Elements of longer containers are data: the container is put back, they are not searched.
