@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .replay import ReplayedLoss
+from .replay import Forward, ReplayedLoss
 
 
 class KnownLoss:
@@ -97,9 +97,8 @@ class Caller:
         versions = [g._version if g is not None else 0 for g in kept]
         model = nn.ModuleList([nn.ParameterList(params), *self._modules])
         replay = ReplayedLoss(model)
-        surroundings = replay.surroundings() if probe else None
         try:
-            with torch.enable_grad(), self._noted(model) if probe else nullcontext():
+            with torch.enable_grad(), self._recording(replay, model, closure) if probe else nullcontext() as forward:
                 returned = closure()
         except BaseException:
             for p, gradient in zip(params, kept, strict=True):
@@ -113,7 +112,7 @@ class Caller:
                 self.backpropagates = False
             return returned, KnownLoss(closure, returned) if probe else None
         self.backpropagates = True
-        if surroundings is None:
+        if forward is None:
             return returned, None
         origin = KnownLoss(closure, returned).loss
         leaves = list(dict.fromkeys([*params, *model.parameters()]))
@@ -129,8 +128,14 @@ class Caller:
                 for p, gradient in zip(leaves, gradients, strict=True):
                     p.grad = gradient
 
-        replay.add(again, surroundings, origin)
+        replay.add(again, forward, origin)
         return returned, replay
+
+    @contextmanager
+    def _recording(self, replay: ReplayedLoss, model: nn.ModuleList, closure: Callable[[], Any]) -> Iterator[Forward]:
+        """What the body's forward starts from; its modules are appended to `model`."""
+        with self._noted(model), replay.watching({"closure": closure}, gradients=False) as forward:
+            yield forward
 
     @contextmanager
     def _noted(self, model: nn.ModuleList) -> Iterator[None]:

@@ -69,6 +69,7 @@ class FirstStepsPolicy(PaperPolicy):
         warmup: steps of the ramp, ``>= 0``, unless one of the first steps overshoots.
     """
 
+    needs_replays: ClassVar[bool] = False
     _SETTLED: ClassVar[float] = 4 / 3
     _SETTLING: ClassVar[float] = 0.5
     #: Below this (negative) ratio a batch's slope is believed; growth in a step, as a power of what its parabola says.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import verification
 from .checkpoint import BEGINNING_KEY, SNAPSHOT_KEY, Move, ProbeRecord, packed, take_snapshot, unpacked
 from .closures import Caller
 from .cross_batch import POLICIES
@@ -62,7 +63,8 @@ class LQA(torch.optim.Optimizer):
         last_probe: its `ProbeRecord`.
         last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the direction; the last
             that was measured, `None` before any.
-        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict.
+        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict; and what
+            `hf_lqa.verification` has found out.
 
     Raises:
         ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `policy` is unknown, or an
@@ -104,7 +106,7 @@ class LQA(torch.optim.Optimizer):
         self.last_probe: ProbeRecord | None = None
         self.last_end_slope: float | None = None
         self.counts: dict[str, int] = dict.fromkeys(
-            ["steps", "skipped", "probe_forwards", *(v.value for v in Verdict)], 0
+            ["steps", "skipped", "probe_forwards", *verification.COUNTS, *(v.value for v in Verdict)], 0
         )
         #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
@@ -333,15 +335,21 @@ class LQA(torch.optim.Optimizer):
         direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
-        center, slope = self._read(closure() if known is None else known, self._watch.slope(direction, before) / clip)
+        loss = closure() if known is None else known
+        hindrances = verification.hindrances(closure, self.counts)
+        center, slope, *hindered = self._read(loss, self._watch.slope(direction, before) / clip, *hindrances)
         forwards = 0 if known is not None else 1
         radius = self.policy.radius(center, slope)
         minus = plus = math.nan
+        noise = self._relative_noise(closure)
         if radius is None:
             verdict = Verdict.NON_DESCENT if math.isfinite(center) and math.isfinite(slope) else Verdict.NON_FINITE
             probe = ProbeRecord(
                 self.counts["steps"], math.nan, minus, center, plus, Fit(slope, math.nan, None, verdict)
             )
+        elif not self._can_replay(closure, direction, hindered, noise):
+            fit = Fit(slope, math.nan, None, Verdict.NOT_REPLAYABLE)
+            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         else:
             try:
                 direction.move_to(-radius)
@@ -357,12 +365,23 @@ class LQA(torch.optim.Optimizer):
                 center,
                 plus,
                 radius,
-                noise=self._relative_noise(closure) * abs(center),
+                noise=noise * abs(center),
                 max_step=self.policy.max_step(center, slope),
             )
             probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         self.counts["probe_forwards"] += forwards
         return probe, slope
+
+    def _can_replay(
+        self, closure: Callable[[], Tensor], direction: Direction, hindered: Sequence[float], noise: float
+    ) -> bool:
+        known = self.counts[verification.CHECKED]
+        try:
+            needed = self.policy.needs_replays
+            return verification.can_replay(closure, hindered, self.counts, self._read, noise, needed)
+        finally:
+            if not known:
+                direction.restore()  # a forward may write to the weights, e.g. bound the norms of an embedding
 
     def _take_snapshot(self) -> Snapshot:
         moved = with_gradient(self.base)

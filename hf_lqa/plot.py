@@ -23,7 +23,7 @@ _STYLES = [
 ]
 _DARK, _BLUE, _ORANGE = "#000000", "#0072B2", "#E69F00"
 _EPSILON = 2.0**-23  # of float32; with less precise types, more fits drown in rounding errors
-_MARKERS = dict(zip(Verdict, "o^vXDs", strict=True))
+_MARKERS = dict(zip(Verdict, "o^vXDsP", strict=True))
 
 
 def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -64,6 +64,8 @@ def _fit(entry: dict[str, Any]) -> Fit:
         return Fit(
             entry.get("lqa_slope", math.nan), math.nan, None, Verdict.NON_DESCENT if flat else Verdict.NON_FINITE
         )
+    if math.isnan(minus) and math.isnan(plus) and "lqa_slope" in entry:  # known without them: the gradient's
+        return Fit(entry["lqa_slope"], math.nan, None, Verdict.NOT_REPLAYABLE)
     fit, found = fit_losses(minus, center, plus, radius), entry.get("lqa_fit_step_size")
     if found is not None:
         clamped = fit.step_size is not None and found < 0.999 * fit.step_size
@@ -252,6 +254,8 @@ def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> 
     entry = measured[step]
     fit, radius = entry["fit"], entry.get("lqa_probe_radius")
     points = [entry.get(f"lqa_loss_{at}", math.nan) for at in ("minus", "center", "plus")]
+    if fit.verdict is Verdict.NOT_REPLAYABLE:
+        raise ValueError(f"--probe {step}: its losses could not be replayed, so there is no parabola")
     if radius is None or not all(map(math.isfinite, points)):
         raise ValueError(f"--probe {step}: its losses were not finite, so there is no parabola")
     applied = entry["learning_rate"] if entry["step"] == step else None

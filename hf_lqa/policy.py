@@ -44,6 +44,8 @@ class PaperPolicy:
     """
 
     name: ClassVar[str] = "paper"
+    #: Whether it has no step sizes without losses at other weights.
+    needs_replays: ClassVar[bool] = True
     _MAX_RADIUS_SCALE: ClassVar[float] = 16.0
 
     tau: float = 0.03

@@ -15,7 +15,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from .replay import ReplayedLoss, Surroundings
+from .replay import Forward, ReplayedLoss
+from .slopes import is_sharded
 from .watch import Watch
 
 #: Containers larger than this are data, not counters, and are not searched for side effects.
@@ -41,39 +42,6 @@ def copy_containers(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def attributes_kept(owner: object) -> Iterator[None]:
-    """Leave an object's own counters as they were: numbers, small tensors, and dicts, lists, sets of such, in place.
-
-    TRL's trainers, sentence-transformers' and many a subclass count tokens or collect metrics in ``compute_loss``; a
-    probe must not count. Objects, data sets and large containers are left alone.
-    """
-    bindings = dict(vars(owner))
-    contents: list[tuple[Any, Any]] = []
-    for value in bindings.values():
-        if isinstance(value, Tensor) and value.numel() <= _MAX_CONTAINER:
-            contents.append((value, value.detach().clone()))
-        elif isinstance(value, (dict, list, set)) and len(value) <= _MAX_CONTAINER:
-            contents.append((value, copy_containers(value)))
-    try:
-        yield
-    finally:
-        for value, saved in contents:
-            if isinstance(value, Tensor):
-                with torch.no_grad():
-                    value.copy_(saved)
-            elif isinstance(value, list):
-                value[:] = saved
-            else:
-                value.clear()
-                value.update(saved)
-        for name in [name for name in vars(owner) if name not in bindings]:
-            delattr(owner, name)
-        for name, value in bindings.items():
-            if vars(owner).get(name, owner) is not value:
-                setattr(owner, name, value)
-
-
 def _reshard(model: nn.Module) -> None:
     """Free the unsharded weights of FSDP2 modules, or the next forward would use the weights from before a move.
 
@@ -86,7 +54,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 class TrainerProbe(ReplayedLoss):
-    """Differs from `ReplayedLoss` in what it leaves untouched: also the Trainer's own counters, and FSDP2's shards.
+    """Differs from `ReplayedLoss` in what it leaves untouched: also the Trainer itself, its log, and FSDP2's shards.
 
     Args:
         trainer: the Trainer; its ``compute_loss`` is what is replayed.
@@ -95,16 +63,26 @@ class TrainerProbe(ReplayedLoss):
     """
 
     def __init__(self, trainer: Any, model: nn.Module, weight: float = 1.0):
-        super().__init__(model, weight)
+        super().__init__(model, weight=weight)
         self._trainer = trainer
+        self._owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
 
-    def __call__(self) -> Tensor:
-        _reshard(self.model)
+    def _names(self) -> dict[str, Any]:
+        return {**super()._names(), type(self._trainer).__name__: self._trainer}
+
+    def _trained(self, weight: Tensor) -> bool:
+        # FSDP2's parameters are other objects than the optimizer's.
+        return weight.requires_grad and (is_sharded(weight) or id(weight) in self._owned)
+
+    def _replay(self, check: bool) -> Tensor:
+        (model,) = self.models
+        _reshard(model)
         try:
-            with attributes_kept(self._trainer):
-                return super().__call__()
+            # What a `compute_loss` logs was logged in training.
+            with shadowed(self._trainer, "log", lambda *args, **kwargs: None):
+                return super()._replay(check)
         finally:
-            _reshard(self.model)
+            _reshard(model)
 
 
 @contextmanager
@@ -118,7 +96,7 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
     """
     lqa, method = trainer.lqa, defined_as(trainer, "training_step")
     watch = Watch([p for group in lqa.param_groups for p in group["params"]], thorough=lqa.policy.step_size is None)
-    calls: list[tuple[Callable[[], Tensor], Surroundings, Tensor]] = []
+    calls: list[tuple[Callable[[], Tensor], Forward, Tensor]] = []
     scalars = 0
     in_turn = True
     compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
@@ -127,14 +105,15 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
         nonlocal in_turn
         in_turn = in_turn and len(calls) == scalars
         watch.before_loss()
-        kept, surroundings = copy_containers(inputs), probe.surroundings()
-        result = compute_loss(model, inputs, *args, **kwargs)
+        kept = copy_containers(inputs)
+        with probe.watching({"inputs": kept, "compute_loss": compute_loss}) as forward:
+            result = compute_loss(model, inputs, *args, **kwargs)
 
         def compute() -> Tensor:
             again = compute_loss(model, copy_containers(kept), *args, **kwargs)
             return again[0] if isinstance(again, tuple) else again
 
-        calls.append((compute, surroundings, (result[0] if isinstance(result, tuple) else result).detach()))
+        calls.append((compute, forward, (result[0] if isinstance(result, tuple) else result).detach()))
         watch.after_loss()
         return result
 
@@ -144,10 +123,10 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
         scalars += 1
         in_turn = in_turn and len(calls) == scalars
         if in_turn:
-            compute, surroundings, computed = calls[-1]
+            compute, forward, computed = calls[-1]
             steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
             scaling, divisor = _scaling(computed, loss.detach(), steps), _divisor(trainer.accelerator)
-            probe.add(lambda: scaling(compute()) / divisor, surroundings, loss.detach() / divisor)
+            probe.add(lambda: scaling(compute()) / divisor, forward, loss.detach() / divisor)
         done = backward(loss, *args, **kwargs)
         watch.after_backward()
         return done

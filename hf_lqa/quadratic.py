@@ -28,6 +28,7 @@ class Verdict(str, Enum):
     `NON_CONVEX`: the loss falls, but the parabola has no minimum (``curvature <= 0``).
     `NON_FINITE`: a loss, a slope or a result is NaN or infinite.
     `BELOW_NOISE`: the differences between the losses are no larger than their rounding errors.
+    `NOT_REPLAYABLE`: the loss could not be computed again at other weights; only its slope is known.
     """
 
     ACCEPTED = "accepted"
@@ -36,6 +37,7 @@ class Verdict(str, Enum):
     NON_CONVEX = "non_convex"
     NON_FINITE = "non_finite"
     BELOW_NOISE = "below_noise"
+    NOT_REPLAYABLE = "not_replayable"
 
     __str__ = str.__str__
 

@@ -61,6 +61,16 @@ class Votes(TrainerCallback):
             self.cast.append(float(beginning.vote()))
 
 
+class WithAutograd(TrainerCallback):
+    """Has all replays run as those of losses that differentiate."""
+
+    def __init__(self, trainer: LQATrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.lqa.counts.update(replays_checked=1, replays_with_grad=1)
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -90,6 +100,8 @@ def run(spec: dict[str, Any]) -> None:
         options["ddp_backend"] = "gloo"
     trainer = LQATrainer(model, arguments(out / "trainer", **options), train_dataset=data)
     recorder, votes = Recorder(trainer), Votes(trainer)
+    if spec.get("autograd"):
+        trainer.add_callback(WithAutograd(trainer))
     if "dies" in spec:
         trainer.add_callback(Dies(spec["dies"]))
     trainer.train(resume_from_checkpoint=spec.get("resume"))

@@ -1,5 +1,6 @@
 """Trainers with methods of their own: LQA is right with them, or says which method it cannot be right with."""
 
+import functools
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import Adafactor, Trainer, TrainerCallback
 
 import hf_lqa
 from hf_lqa import LQA, LQATrainer
-from hf_lqa.__main__ import _with_mixin
+from hf_lqa.__main__ import patch_trainer
 
 EVERY = {"optim": "lqa_paper", "optim_args": "base=adamw_torch,probe_interval=1,tau=0.002", "max_steps": 3}
 SHORT = {"max_steps": 2}
@@ -22,8 +23,17 @@ def placed(cls):
     return {
         "subclass": type(cls.__name__, (LQATrainer,), methods),
         "mixin": type("Mixed", (hf_lqa.LQATrainerMixin, behind), {}),
-        "runner": _with_mixin(behind),
+        "runner": functools.partial(under_the_runner, behind),
     }
+
+
+def under_the_runner(cls, *args, **kwargs):
+    original = Trainer.__init__
+    patch_trainer()
+    try:
+        return cls(*args, **kwargs)
+    finally:
+        Trainer.__init__ = original
 
 
 PLACES = ("subclass", "mixin", "runner")

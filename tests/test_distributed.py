@@ -125,6 +125,19 @@ def test_four_processes(tmp_path, alone):
         near(results[name].steps[:1], alone[:1], 1e-5)
 
 
+def test_replays_with_autograd_on(two, tmp_path):
+    """Neither DDP's reducer nor FSDP2's prefetching is confused by forwards that no backward follows."""
+    kinds = {"ddp": DDP, "sharded": SHARDED}
+    whole = {"model": "llama", "arguments": {**WHOLE, "per_device_train_batch_size": 16}, "autograd": True}
+    specs = [{**whole, **kind, "out": str(tmp_path / name)} for name, kind in kinds.items()]
+    done = launch(2, specs, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in kinds:
+        result = Result(tmp_path / name, 2)
+        same_decisions(result)
+        assert result.steps == two[f"{name}-whole"].steps
+
+
 def test_when_a_rank_dies_the_others_end_with_an_error(tmp_path):
     spec = {"arguments": {**WHOLE, "max_steps": 50}, "dies": 1, "out": str(tmp_path / "run")}
     done = launch(2, [spec], tmp_path, timeout=200)  # a hang is a TimeoutExpired
