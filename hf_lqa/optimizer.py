@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .cross_batch import POLICIES
-from .direction import Direction, rescaled, with_gradient
+from .direction import Direction
+from .groups import Division, rescaled, same, with_gradient
 from .policy import PaperPolicy
 from .quadratic import Fit, Verdict, fit_losses
 from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
@@ -136,6 +138,7 @@ class LQA(torch.optim.Optimizer):
         self._beginning: Snapshot | None = None
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
+        self._division = Division()
         self._move = _Move()
         self._armed: Callable[[], Tensor] | None = None
         self._clipping: tuple[Tensor | float, float] | None = None
@@ -189,7 +192,7 @@ class LQA(torch.optim.Optimizer):
     @property
     def relative_rates(self) -> list[float]:
         """What multiplies the step size of each parameter, in the param groups' order; nothing where all are 1."""
-        return self.policy.relative_rates(len(self._params))
+        return self.policy.relative_rates(sum(len(group["params"]) for group in self.param_groups))
 
     @property
     def wants_probe(self) -> bool:
@@ -224,7 +227,7 @@ class LQA(torch.optim.Optimizer):
         closure = closure if closure is not None else self._armed
         lr = [float(group["lr"]) for group in self.param_groups]
         multiplier = max(lr)
-        if multiplier <= 0 or all(p.grad is None for p in self._params):
+        if multiplier <= 0 or all(p.grad is None for group in self.param_groups for p in group["params"]):
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
             self.base.step()
             self.step_size = 0.0
@@ -291,7 +294,7 @@ class LQA(torch.optim.Optimizer):
         # What a step started from is not needed any more; a probe has its own.
         self._snapshot = None
         params, kept = self._origin
-        direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
+        direction = Direction(self.base, kept if same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
         center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
@@ -328,7 +331,7 @@ class LQA(torch.optim.Optimizer):
     def _take_snapshot(self) -> Snapshot:
         moved = with_gradient(self.base)
         params = [moved[i] for i in observed(moved)]
-        if self._snapshot is None or not _same(self._snapshot.params, params):
+        if self._snapshot is None or not same(self._snapshot.params, params):
             place = {p: i for i, p in enumerate(self._params)}
             self._snapshot = Snapshot(self._params, [place[p] for p in params])
         self._snapshot.take()
@@ -343,7 +346,7 @@ class LQA(torch.optim.Optimizer):
         factor = self.policy.factor(step)
         scale = level * factor
         snapshot = self._take_snapshot() if scale > 0 and self.policy.wants_end_slope(step) else None
-        with rescaled(self.base, scale, self.relative_rates):
+        with rescaled(self.base, scale, self.relative_rates, self._division):
             self.base.step()
         if snapshot is not None:
             step_size = scale * multiplier
@@ -366,7 +369,8 @@ class LQA(torch.optim.Optimizer):
     def _read(self, *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
         # Floats go where the weights are: collectives of NCCL know no other place.
-        device = next(v.device for v in (*values, *self._params) if isinstance(v, Tensor))
+        weights = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        device = next(v.device for v in itertools.chain(values, weights) if isinstance(v, Tensor))
         dtype = torch.float32 if device.type == "mps" else torch.float64
         flat = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values]
         return self.reduce(torch.cat(flat)).tolist()
@@ -466,8 +470,3 @@ def _to_plain(probe: ProbeRecord) -> dict[str, Any]:
 def _from_plain(plain: dict[str, Any]) -> ProbeRecord:
     fit = Fit(**{**plain["fit"], "verdict": Verdict(plain["fit"]["verdict"])})
     return ProbeRecord(**{**plain, "fit": fit})
-
-
-def _same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether two lists hold the same objects; ``==`` would compare the tensors' elements."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

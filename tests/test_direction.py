@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from hf_lqa import direction, slopes
-from hf_lqa.direction import Direction, rescaled
+from hf_lqa.direction import Direction
+from hf_lqa.groups import rescaled
 from hf_lqa.slopes import Snapshot, dot
 
 BASES = {
