@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .groups import ELEMENTWISE, with_gradient
-from .slopes import ACCELERATOR_PIECE, dot, local, local_part, runs
+from .products import ACCELERATOR_PIECE, runs
+from .slopes import dot, local, local_part
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
 #: accelerator, if they go by pieces, for one of these at least: short steps would cost more than a little memory.

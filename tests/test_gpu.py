@@ -26,7 +26,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import hf_lqa
-from hf_lqa import LQA, ReplayedLoss, slopes
+from hf_lqa import LQA, ReplayedLoss, products
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `repeatable`, read when CUDA starts
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -215,11 +215,11 @@ def test_launches_of_an_observed_step_do_not_grow_with_the_depth():
 
 def test_products_at_once_are_those_of_one_after_the_other():
     left, right, minus = ([torch.randn(n, 700, device="cuda") for n in (3, 1, 900, 7000)] for _ in range(3))
-    together = slopes._products(left, right, minus)
+    together = products.products(left, right, minus)
     for i, found in enumerate(together):
         terms = left[i].double() * (right[i].double() - minus[i].double())
         assert float(found) == pytest.approx(float(terms.sum()), abs=1e-6 * float(terms.abs().sum()))
-        assert float(slopes._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
+        assert float(products._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
 
 
 def first_rank(spec, folder, launcher=None):
