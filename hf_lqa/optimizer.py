@@ -372,8 +372,9 @@ class LQA(torch.optim.Optimizer):
         weights = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         device = next(v.device for v in itertools.chain(values, weights) if isinstance(v, Tensor))
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        flat = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values]
-        return self.reduce(torch.cat(flat)).tolist()
+        # An empty list has nothing to bring there, for which the host would wait.
+        flat = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values if not isinstance(v, list) or v]
+        return self.reduce(torch.cat(flat) if len(flat) > 1 else flat[0]).tolist()
 
     def _relative_noise(self, closure: Callable[[], Tensor]) -> float:
         known: float | None = getattr(closure, "relative_noise", None)
