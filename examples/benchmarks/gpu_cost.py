@@ -381,8 +381,9 @@ def measure_all(out: Path, device: str, minutes: float, tiny: bool) -> dict[str,
     result: dict[str, Any] = {"machine": machine(device), "cells": [], "steps": [], "memory": [], "skipped": []}
     pieces: list[tuple[str, Cell]] = []
     # Traces and memory after the cells that matter most, before the others.
-    pieces += [(part, cell) for part in ("cells", "steps", "memory") for cell in cells[:DEEP]]
-    pieces += [("cells", cell) for cell in cells[DEEP:]]
+    deep = 1 if tiny else DEEP
+    pieces += [(part, cell) for part in ("cells", "steps", "memory") for cell in cells[:deep]]
+    pieces += [("cells", cell) for cell in cells[deep:]]
     for part, cell in pieces:
         if out_of_time(deadline):
             result["skipped"].append(f"{part}: {cell.name}: out of time")
