@@ -222,6 +222,26 @@ def test_products_at_once_are_those_of_one_after_the_other():
         assert float(products._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_votes_at_once_are_those_of_one_after_the_other(dtype):
+    left, right, minus = ([torch.randn(n, 700, device="cuda").to(dtype) for n in (3, 1, 900, 7000)] for _ in range(3))
+    expected = [
+        float((torch.sign(a) * torch.sign(b - c)).sum(dtype=torch.float64))
+        for a, b, c in zip(left, right, minus, strict=True)
+    ]
+    assert products.votes(left, right, minus).tolist() == expected
+    assert [float(products._vote(*three)) for three in zip(left, right, minus, strict=True)] == expected
+
+
+def test_different_rates_launch_the_base_once_for_each():
+    (_, lqa, _), (_, base, _) = prepared((64,) * 12, policy="paper", probe_interval=100)
+    one = len(kernels(base.step))
+    lqa.policy.relative_rates = lambda count: [2.0 ** (i % 4 / 2) for i in range(count)]
+    lqa.step()
+    assert synchronizations(lqa.step) == 0
+    assert len(kernels(lqa.step)) <= 4 * one
+
+
 def first_rank(spec, folder, launcher=None):
     done = launch(1, [spec], folder, launcher=launcher)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

