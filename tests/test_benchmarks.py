@@ -345,6 +345,9 @@ def test_all_costs_of_an_accelerator_are_written_to_one_file(tmp_path, monkeypat
             assert {"training", "probe", "measured", "base", "lqa"} <= {*sides["host"]}
         launches = {kind: sum(step["launches"].values()) for kind, step in traced["kinds"].items()}
         assert launches["base"] <= launches["ordinary"] < launches["measured"] < launches["probe"]
+        # The rehearsal's steps of the base are the probe's.
+        base = [traced["kinds"][kind]["launches"]["base: step"] for kind in ("ordinary", "probe")]
+        assert base[0] == base[1] > 0
         ordinary = traced["kinds"]["ordinary"]["host_ms"]
         assert not any(label.startswith(("probe", "measured")) for label in ordinary), ordinary
     assert all(0 <= memory["held"] <= 2.1 for memory in found["memory"])

@@ -17,6 +17,7 @@ What there was no time for stands in ``skipped`` by name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import statistics
@@ -233,6 +234,7 @@ def labelled() -> Iterator[None]:
     kept = [(owner, method, owner.__dict__[method]) for owner, method, _ in LABELLED]
 
     def wrapped(own: Any, label: str) -> Any:
+        @functools.wraps(own)  # with its marks, by which a rehearsal's step of the base is told from a real one
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with torch.profiler.record_function(label):
                 return own(*args, **kwargs)
@@ -253,7 +255,10 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def traced(bench: Bench, name: str) -> dict[str, Any]:
-    """One step in the profiler: launches, waits, and milliseconds of each part, of the host and of the device."""
+    """One step in the profiler: launches, waits, and milliseconds of each part, of the host and of the device.
+
+    The bench itself waits twice in a step, and for its loss: what the base's step has, too.
+    """
     on_cuda = bench.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_cuda:
