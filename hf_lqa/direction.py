@@ -8,9 +8,7 @@ probe that fails has nothing to undo.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .slopes import ACCELERATOR_PIECE, dot, local, local_part, runs
+from .groups import ELEMENTWISE, with_gradient
+from .products import ACCELERATOR_PIECE, runs
+from .slopes import dot, local, local_part
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
 #: accelerator, if they go by pieces, for one of these at least: short steps would cost more than a little memory.
@@ -27,14 +27,6 @@ REHEARSAL_SHARE = 1 / 16
 
 #: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
 _REHEARSAL_PIECE = 2**19
-
-#: Optimizers whose update of an element depends on that element's gradient and state, and through nothing but weight
-#: decay on its weight.
-_ELEMENTWISE = tuple(
-    getattr(torch.optim, name)
-    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
-)
-
 
 #: A parameter, and a piece of its direction, origin, gradient and state.
 _Piece = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
@@ -74,41 +66,6 @@ def _copy_states(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return copies
 
 
-def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters that a step of `base` moves."""
-    return [p for group in base.param_groups for p in group["params"] if p.grad is not None]
-
-
-def largest_lr(base: torch.optim.Optimizer) -> float:
-    """The largest multiplier of all param groups, schedules left out: these note what they begin or end with."""
-    return max(float(group.get(key, 0.0)) for group in base.param_groups for key in ("lr", "initial_lr", "max_lr"))
-
-
-@contextlib.contextmanager
-def rescaled(base: torch.optim.Optimizer, scale: float, rates: list[float]) -> Iterator[None]:
-    """Within it the learning rate of parameter `i` of `base` is ``lr * scale * rates[i]``, or ``lr * scale``.
-
-    A param group whose parameters have different rates stands there as several. What `base` keeps in a group (some
-    count steps there) is kept.
-    """
-    groups = base.param_groups
-    rate_of = iter(rates or itertools.repeat(1.0))
-    parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for group in groups:
-        alike: dict[float, list[Tensor]] = {}
-        for p, rate in zip(group["params"], rate_of, strict=False):
-            alike.setdefault(rate, []).append(p)
-        for rate, params in (alike or {1.0: []}).items():  # an optimizer may know its groups by position
-            parts.append((group, {**group, "params": params, "lr": group["lr"] * scale * rate}))
-    base.param_groups = [part for _, part in parts]
-    try:
-        yield
-    finally:
-        base.param_groups = groups
-        for group, part in parts:
-            group.update((key, value) for key, value in part.items() if key not in ("params", "lr"))
-
-
 class Direction:
     """The weights a step starts from and the base optimizer's update of them at the learning rates it has.
 
@@ -134,9 +91,7 @@ class Direction:
             self.unit = -float(base.param_groups[0]["lr"])
             return
         self.tensors = [torch.empty_like(p) for p in self.origin]
-        elementwise = type(base) in _ELEMENTWISE and not any(
-            p.grad.is_sparse for p in self.params if p.grad is not None
-        )
+        elementwise = type(base) in ELEMENTWISE and not any(p.grad.is_sparse for p in self.params if p.grad is not None)
         if elementwise and not any(group["weight_decay"] for group in base.param_groups):
             self._rehearse_pieces(base, 1.0, from_zero=True)
             return

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .direction import Direction
+from .products import products
 from .quadratic import Fit, Verdict
-from .slopes import _products, is_sampled, local_part, observed, sample
+from .slopes import is_sampled, local_part, observed, sample
 
 #: A parabola's slope and the gradient's agree within this factor: cubic terms are that large, clipping is larger.
 _AGREE = 1.5
@@ -206,7 +207,7 @@ class GradientWatch:
             return slope * self.scale if self.scale != 1 else slope
         at = {p: update for p, update in zip(direction.params, direction.tensors, strict=True) if p in before}
         along = [sample(local_part(update)) if is_sampled(p) else local_part(update) for p, update in at.items()]
-        sums = [_products([_rows(p) for p in at], along).sum(), _products([before[p] for p in at], along).sum()]
+        sums = [products([_rows(p) for p in at], along).sum(), products([before[p] for p in at], along).sum()]
         # Without any gradient there is nothing to divide by, and nothing to correct.
         return slope * (sums[1] / torch.where(sums[0] == 0, 1.0, sums[0]) * self.scale)
 

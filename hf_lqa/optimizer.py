@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -15,8 +16,9 @@ from . import verification
 from .checkpoint import BEGINNING_KEY, SNAPSHOT_KEY, Move, ProbeRecord, packed, take_snapshot, unpacked
 from .closures import Caller
 from .cross_batch import POLICIES
-from .direction import Direction, largest_lr, rescaled, with_gradient
+from .direction import Direction
 from .gradients import CONTRADICTION, GradientWatch, total
+from .groups import Division, largest_lr, rescaled, same, with_gradient
 from .policy import PaperPolicy
 from .quadratic import Fit, Verdict, fit_losses
 from .slopes import Snapshot, flat, mean_over_ranks, observed, spread
@@ -119,6 +121,7 @@ class LQA(torch.optim.Optimizer):
         self._beginning: Snapshot | None = None
         # Of a probe, where the next step has one, too: fresh memory costs more than the copying.
         self._origin: tuple[list[Tensor], list[Tensor]] = [], []
+        self._division = Division()
         self._move = Move()
         self._largest_lr = max(1.0, largest_lr(base))
         self._watch = GradientWatch([p for group in base.param_groups for p in group["params"]])
@@ -176,7 +179,7 @@ class LQA(torch.optim.Optimizer):
     @property
     def relative_rates(self) -> list[float]:
         """What multiplies the step size of each parameter, in the param groups' order; nothing where all are 1."""
-        return self.policy.relative_rates(len(self._params))
+        return self.policy.relative_rates(sum(len(group["params"]) for group in self.param_groups))
 
     @property
     def wants_probe(self) -> bool:
@@ -332,7 +335,7 @@ class LQA(torch.optim.Optimizer):
         # What a step started from is not needed any more; a probe has its own.
         self._snapshot = None
         params, kept = self._origin
-        direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
+        direction = Direction(self.base, kept if same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
         loss = closure() if known is None else known
@@ -386,7 +389,7 @@ class LQA(torch.optim.Optimizer):
     def _take_snapshot(self) -> Snapshot:
         moved = with_gradient(self.base)
         params = [moved[i] for i in observed(moved)]
-        if self._snapshot is None or not _same(self._snapshot.params, params):
+        if self._snapshot is None or not same(self._snapshot.params, params):
             place = {p: i for i, p in enumerate(self._params)}
             self._snapshot = Snapshot(self._params, [place[p] for p in params])
         self._snapshot.take()
@@ -401,7 +404,7 @@ class LQA(torch.optim.Optimizer):
         factor = self.policy.factor(step)
         scale, share = level * factor / self._largest_lr, multiplier / self._largest_lr
         snapshot = self._take_snapshot() if scale > 0 and self.policy.wants_end_slope(step) else None
-        with rescaled(self.base, scale, self.relative_rates):
+        with rescaled(self.base, scale, self.relative_rates, self._division):
             self.base.step()
         self.step_size = scale * multiplier
         if snapshot is not None:
@@ -436,7 +439,8 @@ class LQA(torch.optim.Optimizer):
 
     def _read(self, *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
-        device = next(v.device for v in (*values, *self._params) if isinstance(v, Tensor))
+        weights = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        device = next(v.device for v in itertools.chain(values, weights) if isinstance(v, Tensor))
         return self.reduce(flat(values, device)).tolist()
 
     def _relative_noise(self, closure: Callable[[], Tensor]) -> float:
@@ -491,8 +495,3 @@ class LQA(torch.optim.Optimizer):
         self._watch.load_state_dict(own.get("gradients", self._watch.state_dict()))
         self._caller.backpropagates = own.get("backpropagates") or None
         self._await_gradients()
-
-
-def _same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether two lists hold the same objects; ``==`` would compare the tensors' elements."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
+from .products import on_accelerator, products, votes
+
 #: Types of most tensors: an attribute that is missing is looked for at length.
 _PLAIN = (Tensor, torch.nn.Parameter)
-#: Elements of a temporary: what a CPU's cache holds, and little of an accelerator's memory.
-_PIECE, ACCELERATOR_PIECE = 2**17, 2**22
 #: One row of so many is observed where there are at least so many rows and elements. A CPU waits for memory; an
 #: accelerator takes what lies in one piece together, and for small matrices its launches are dearer than their memory.
 _EVERY, _MANY_ROWS, _LARGE, _ACCELERATOR_LARGE = 8, 64, 2**14, 2**20
 #: So many parameters at most are observed on an accelerator, where each takes its time whatever its size.
 _ACCELERATOR_MANY = 32
-
-_T = TypeVar("_T")
-
-
-def runs(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
-    """`items` in runs whose sizes add up to at most `limit`, but of at least one item."""
-    run: list[_T] = []
-    total = 0
-    for item in items:
-        if run and total + size_of(item) > limit:
-            yield run
-            run, total = [], 0
-        run.append(item)
-        total += size_of(item)
-    if run:
-        yield run
 
 
 def full(scalar: Tensor) -> Tensor:
@@ -58,15 +41,13 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
     return [local_part(t) for t in tensors]
 
 
-def _on_accelerator(tensor: Tensor) -> bool:
-    return tensor.device.type != "cpu"
-
-
 def flat(values: Sequence[Tensor | float | list[float]], device: torch.device) -> Tensor:
     """Scalars and vectors, gathered where they are sharded, as one vector on `device` in the precision of sums."""
     # Floats go where the weights are: collectives of NCCL know no other place.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.cat([_vector(v, device).detach().to(dtype).reshape(-1) for v in values])
+    # An empty list has nothing to bring there, for which the host would wait.
+    parts = [_vector(v, device).detach().to(dtype).reshape(-1) for v in values if not isinstance(v, list) or v]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor:
@@ -98,88 +79,7 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     Half-precision products are accumulated in float32. Sparse tensors (gradients of sparse embeddings) are allowed on
     the left.
     """
-    return _shares(left, _products(local(left), local(right))).sum()
-
-
-def _products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
-    """``<left_i, right_i - minus_i>`` of each as one vector, in float32 or better; of tensors that are not sharded."""
-    sides = [left, right] if minus is None else [left, right, minus]
-    parts: list[Tensor] = []
-    order: list[int] = []
-    for alike in _together(left, right):
-        for run in runs(alike, lambda i: left[i].numel(), ACCELERATOR_PIECE):
-            parts.append(_foreach_products(*([side[i] for i in run] for side in sides)))
-            order += run
-    if alone := sorted({*range(len(left))} - {*order}):
-        single = [_product(*(side[i] for side in sides)) for i in alone]
-        device, dtype = single[0].device, torch.promote_types(single[0].dtype, torch.float32)
-        parts.append(torch.stack([product.to(device, dtype) for product in single]))
-        order += alone
-    vector = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order == sorted(order):
-        return vector
-    place = {i: at for at, i in enumerate(order)}
-    shares = vector.unbind()
-    return torch.stack([shares[place[i]] for i in range(len(left))])
-
-
-def _together(left: list[Tensor], right: list[Tensor]) -> list[list[int]]:
-    """The places of those that foreach operations take, those that they take in one launch apart from the others."""
-    if len({t.device for t in right}) > 1 or not _on_accelerator(right[0]):
-        return []
-    fit = [i for i, a in enumerate(left) if not a.is_sparse and right[i].numel() <= ACCELERATOR_PIECE]
-    whole = [i for i in fit if left[i].is_contiguous() and right[i].is_contiguous()]
-    return [whole, sorted({*fit} - {*whole})]
-
-
-def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
-    """`_products`, in a number of launches that hardly depends on the number of tensors."""
-    left, right = ([t.float() if t.dtype in _HALF else t for t in side] for side in (left, right))
-    products = torch._foreach_mul(left, right if minus is None else torch._foreach_sub(right, minus))
-    # There is no foreach sum. Of the numbers above zero, and of the sizes of all, the 1-norm is one.
-    above = torch._foreach_clamp_min(products, 0)
-    return 2 * torch.stack(torch._foreach_norm(above, 1)) - torch.stack(torch._foreach_norm(products, 1))
-
-
-def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
-    """One of `_products`, whatever the tensors are."""
-    tensors = _dense(a, b) if minus is None else _dense(a, b, minus)
-    # BLAS needs no temporary for one precision's plain product.
-    temporary = minus is not None or a.dtype in _HALF or not tensors[0].is_contiguous()
-    products = []
-    for a, b, *rest in _pieces(tensors) if temporary else [tensors]:
-        if a.dtype in _HALF:
-            a, b, *rest = (t.float() for t in (a, b, *rest))
-        if rest:
-            b = b - rest[0]
-        products.append(torch.dot(a.reshape(-1), b.reshape(-1)))
-    return products[0] if len(products) == 1 else torch.stack(products).sum()
-
-
-def _pieces(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut so that temporaries fit into a CPU's cache.
-
-    There they cost next to nothing, fresh memory several times the arithmetic.
-    """
-    first = tensors[0]
-    size = ACCELERATOR_PIECE if _on_accelerator(first) else _PIECE
-    if not first.dim() or first.numel() <= size:
-        return [tensors]
-    if all(t.is_contiguous() for t in tensors):
-        cut = [torch.split(t.view(-1), size) for t in tensors]
-    else:
-        height = max(1, size * first.shape[0] // first.numel())
-        cut = [torch.split(t, height) for t in tensors]
-    return list(zip(*cut, strict=True))
-
-
-def _dense(a: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Where `a` is sparse, its rows and theirs of the others; else what was given."""
-    if not a.is_sparse:
-        return a, *others
-    a = a.coalesce()
-    rows = a.indices()[0]
-    return a.values(), *(b[rows] for b in others)
+    return _shares(left, products(local(left), local(right))).sum()
 
 
 def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
@@ -207,7 +107,7 @@ def observed(params: list[Tensor]) -> list[int]:
 
     What is sought is the median over parameters, in which vectors hardly count.
     """
-    if not _on_accelerator(params[0]):
+    if not on_accelerator(params[0]):
         return list(range(len(params)))
     places = [i for i, p in enumerate(params) if p.dim() > 1] or list(range(len(params)))
     if len(places) <= _ACCELERATOR_MANY:
@@ -222,7 +122,7 @@ def is_sampled(tensor: Tensor) -> bool:
     A layer's rows are units alike: the ratio of two slopes over an eighth of them is that over all of them, nearly.
     What is sharded is not cut, because another number of ranks, which cuts elsewhere, may go on from a checkpoint.
     """
-    large = _ACCELERATOR_LARGE if _on_accelerator(tensor) else _LARGE
+    large = _ACCELERATOR_LARGE if on_accelerator(tensor) else _LARGE
     return tensor.dim() > 1 and tensor.shape[0] >= _MANY_ROWS and tensor.numel() >= large and not is_sharded(tensor)
 
 
@@ -278,7 +178,7 @@ class Snapshot:
             found = [before.get(p, now) for p, now in zip(self.params, gradients, strict=True)]
             gradients = [b if b.shape == now.shape else now for b, now in zip(found, gradients, strict=True)]
         weights = self._observed(self.params)
-        return _shares(gradients, _products(local(gradients), local(weights), local(self.values)))
+        return _shares(gradients, products(local(gradients), local(weights), local(self.values)))
 
     @torch.no_grad()
     def vote(self) -> Tensor:
@@ -287,13 +187,8 @@ class Snapshot:
         Negative where the loss falls for most of them if they go on; each counts alike, however steep it is.
         """
         gradients = self._gradients()
-        sums = []
-        for tensors in zip(local(gradients), local(self._observed(self.params)), local(self.values), strict=True):
-            # A product of two small half-precision numbers could be 0; one with a sign cannot.
-            signs = ((w - v).mul_(torch.sign(g)).sign_() for g, w, v in _pieces(_dense(*tensors)))
-            counts = [s.sum(dtype=torch.float32) for s in signs]  # a piece at a time
-            sums.append(torch.stack(counts).sum().to(self.params[0].device))
-        return _shares(gradients, torch.stack(sums)).sum() / sum(v.numel() for v in self.values)
+        counts = votes(local(gradients), local(self._observed(self.params)), local(self.values))
+        return _shares(gradients, counts).sum() / sum(v.numel() for v in self.values)
 
     def _gradients(self) -> list[Tensor]:
         return self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])

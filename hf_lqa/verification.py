@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 #: Under these names the findings stand among an optimizer's `counts`, and in its checkpoints: number of replays that
 #: were compared with the recorded loss; 1 where they need autograd; 1 where there will be none in this run.
 CHECKED, WITH_GRAD, GIVEN_UP = COUNTS = ("replays_checked", "replays_with_grad", "replays_given_up")
@@ -16,12 +14,16 @@ CHECKED, WITH_GRAD, GIVEN_UP = COUNTS = ("replays_checked", "replays_with_grad",
 _TOLERANCE = 4.0
 
 
-def hindrances(closure: Callable[[], Tensor], counts: dict[str, int]) -> tuple[float, float]:
-    """(1 if the closure's forward did what cannot be replayed, 1 if it cannot be replayed this time), else 0."""
-    if counts[WITH_GRAD] and hasattr(closure, "with_grad"):
+def hindrances(closure: Any, counts: dict[str, int]) -> tuple[float, ...]:
+    """(1 if the closure's forward did what cannot be replayed, 1 if it cannot be replayed this time), else 0.
+
+    Nothing of a closure that does not look at its forward.
+    """
+    if not hasattr(closure, "obstacle"):
+        return ()
+    if counts[WITH_GRAD]:
         closure.with_grad = True
-    obstacle, complete = getattr(closure, "obstacle", None), getattr(closure, "complete", True)
-    return float(obstacle is not None), float(not complete)
+    return float(closure.obstacle is not None), float(not closure.complete)
 
 
 def can_replay(
@@ -47,7 +49,7 @@ def can_replay(
     """
     if counts[GIVEN_UP]:
         return False
-    obstructed, incomplete = hindered
+    obstructed, incomplete = hindered or (0.0, 0.0)
     if obstructed:
         reason = f"the forward did what cannot be done again without a trace: {_named(closure.obstacle)}"
     elif incomplete:

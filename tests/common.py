@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import hf_lqa
-from hf_lqa.direction import rescaled
+from hf_lqa.groups import rescaled
 
 
 def tiny_bert(dropout: float = 0.1, num_labels: int = 3, seed: int = 0) -> BertForSequenceClassification:

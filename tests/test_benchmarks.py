@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
 import cost  # noqa: E402
+import gpu_cost  # noqa: E402
+import gpu_quality  # noqa: E402
 import held_out  # noqa: E402
 import paper  # noqa: E402
 import peers  # noqa: E402
@@ -309,3 +312,92 @@ def test_the_cost_is_measured_in_time_in_memory_and_part_by_part(capsys, monkeyp
     assert float(parts["whole"][0]) > 1
     memory = measured("--memory", "--optimizers", "lqa")["llama-16"]
     assert 0 <= float(memory[-1]) <= 1.1, "more than a copy of the weights is kept between steps"
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [x for v in value.values() for x in numbers(v)]
+    if isinstance(value, list):
+        return [x for v in value for x in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_all_costs_of_an_accelerator_are_written_to_one_file(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "costs.json"
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--gpu", str(file), "--device", "cpu", "--tiny"])
+    cost.main()
+    found = json.loads(file.read_text())
+    assert found["skipped"] == [] and found["machine"]["torch"] == torch.__version__
+    assert [len(found[part]) for part in ("cells", "steps", "memory")] == [2, 1, 1]
+    assert all(map(math.isfinite, numbers(found)))
+    for cell in found["cells"]:
+        assert {*cell["kinds"]} == {*gpu_cost.KINDS}, cell["cell"]
+        assert sum(kind["count"] for kind in cell["kinds"].values()) == cell["steps"] == 36
+        assert cell["base_ms"] > 0 and cell["control"] > 0 and cell["counts"]["probe_forwards"] > 2
+        assert all(kind["ms"] > 0 and kind["ratio"] > 0 for kind in cell["kinds"].values())
+        assert all(ratio > 0.5 for ratio in cell["projected"].values()) and cell["whole"] is None
+    for traced in found["steps"]:
+        assert {*traced["kinds"]} == {"base", *gpu_cost.KINDS}
+        # Without a GPU there is no time of one.
+        assert [{*sides} for sides in traced["shares"].values()] == [{"host"}] * 2
+        for sides in traced["shares"].values():
+            assert sum(sides["host"].values()) == pytest.approx(1)
+            assert {"training", "probe", "measured", "base", "lqa"} <= {*sides["host"]}
+        launches = {kind: sum(step["launches"].values()) for kind, step in traced["kinds"].items()}
+        assert launches["base"] <= launches["ordinary"] < launches["measured"] < launches["probe"]
+        # The rehearsal's steps of the base are the probe's.
+        base = [traced["kinds"][kind]["launches"]["base: step"] for kind in ("ordinary", "probe")]
+        assert base[0] == base[1] > 0
+        ordinary = traced["kinds"]["ordinary"]["host_ms"]
+        assert not any(label.startswith(("probe", "measured")) for label in ordinary), ordinary
+    assert all(0 <= memory["held"] <= 2.1 for memory in found["memory"])
+    assert "launches and waits" in capsys.readouterr().out
+
+
+def test_what_there_is_no_time_or_no_room_for_is_named(tmp_path, monkeypatch):
+    def full(cell, device, deadline):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for part in ("paired", "trace"):
+        monkeypatch.setattr(gpu_cost, part, full)
+    monkeypatch.setattr(gpu_cost, "weigh", lambda cell, device: full(cell, device, 0.0))
+    found = gpu_cost.measure_all(tmp_path / "a.json", "cpu", 0.0, tiny=True)
+    assert len(found["skipped"]) == 4 and all("out of time" in line for line in found["skipped"])
+    found = gpu_cost.measure_all(tmp_path / "b.json", "cpu", 1.0, tiny=True)
+    assert [line.partition(": ")[0] for line in found["skipped"]] == ["cells", "steps", "memory", "cells"]
+    assert all("out of memory" in line for line in found["skipped"]) and (tmp_path / "b.json").exists()
+
+
+def test_steps_of_each_kind_make_up_a_run():
+    for steps in (30, 200, 2000):
+        kinds = gpu_cost.kinds_of(steps)
+        assert sum(kinds.values()) == steps and kinds["first_probe"] == 1
+        assert kinds["probe"] == 3 + (steps - 1) // 100
+    assert gpu_cost.projected(dict.fromkeys(gpu_cost.KINDS, 1.5), 200) == pytest.approx(1.5)
+    assert gpu_cost.projected({"probe": 2.0}, 200) is None
+
+
+def test_quality_needs_local_files_and_no_data_set_library(folder, tmp_path):
+    """In a process in which what a machine for measuring lacks cannot be imported."""
+    file = tmp_path / "quality.json"
+    given = ["--quality", file, "--data_dir", folder, "--encoder", folder / "encoder", "--decoder", folder / "language"]
+    argv = ["cost.py", *map(str, given), "--tiny", "--device", "cpu"]
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['datasets', 'evaluate', 'trl'])\n"
+        f"sys.path.insert(0, {str(Path(cost.__file__).parent)!r}); sys.argv = {argv!r}\n"
+        "import cost, gpu_cost; cost.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(file.read_text())
+    assert [(run["model"], run["method"]) for run in found["runs"]] == [
+        (model, method) for model in ("encoder", "decoder") for method in ("lqa", "adamw@5e-05", "adamw@0.0002")
+    ]
+    assert all(map(math.isfinite, numbers(found))) and all(run["steps"] == 4 for run in found["runs"])
+    assert found["skipped"] == [] and found["runs"][0]["counts"]["probe_forwards"] > 0
+
+
+def test_a_model_that_came_in_parts_is_put_together(tmp_path):
+    for i, part in enumerate((b"GG", b"UF")):
+        (tmp_path / f"model.gguf.part{i}").write_bytes(part)
+    assert gpu_quality.gguf_of(tmp_path) == "model.gguf" and (tmp_path / "model.gguf").read_bytes() == b"GGUF"

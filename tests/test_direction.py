@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lqa import direction, slopes
-from hf_lqa.direction import Direction, rescaled
+from hf_lqa import direction, groups, products, slopes
+from hf_lqa.direction import Direction
+from hf_lqa.groups import rescaled
 from hf_lqa.slopes import Snapshot, dot
 
 BASES = {
-    **{f"{b.__name__}, decay {wd}": (b, {"weight_decay": wd}) for b in direction._ELEMENTWISE for wd in (0.0, 0.1)},
+    **{f"{b.__name__}, decay {wd}": (b, {"weight_decay": wd}) for b in groups.ELEMENTWISE for wd in (0.0, 0.1)},
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),
     "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     "maximize": (torch.optim.SGD, {"maximize": True}),
@@ -74,15 +75,16 @@ def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypat
 
 def as_on_an_accelerator(monkeypatch):
     """Slopes by foreach operations, but for what is larger than a piece; of matrices as large as on a CPU a sample."""
-    monkeypatch.setattr(slopes, "_on_accelerator", lambda tensor: True)
+    for module in (products, slopes):
+        monkeypatch.setattr(module, "on_accelerator", lambda tensor: True)
     monkeypatch.setattr(slopes, "_ACCELERATOR_LARGE", slopes._LARGE)
-    monkeypatch.setattr(slopes, "ACCELERATOR_PIECE", 5000)
+    monkeypatch.setattr(products, "ACCELERATOR_PIECE", 5000)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("piece", [slopes._PIECE, 1000])
+@pytest.mark.parametrize("piece", [products._PIECE, 1000])
 def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monkeypatch):
-    monkeypatch.setattr(slopes, "_PIECE", piece)
+    monkeypatch.setattr(products, "_PIECE", piece)
     if accelerator:
         as_on_an_accelerator(monkeypatch)
     layer, head, bias = (nn.Parameter(torch.zeros(*shape)) for shape in [(64, 512), (6, 4096), (2**15,)])
@@ -104,8 +106,11 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
     assert float(snapshot.vote()) == pytest.approx((7 * 512 + 5 * 4096 + 3 * 200) / elements)
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_in_a_vote_each_element_counts_alike_however_small(dtype):
+def test_in_a_vote_each_element_counts_alike_however_small(dtype, accelerator, monkeypatch):
+    if accelerator:
+        as_on_an_accelerator(monkeypatch)
     weights = [nn.Parameter(torch.zeros(4, dtype=dtype)), nn.Parameter(torch.zeros(2, dtype=dtype))]
     snapshot = Snapshot(weights, [0, 1])
     snapshot.take()
@@ -196,13 +201,13 @@ def test_foreach_operations_find_the_same_products(monkeypatch):
     left, right, minus = ([torch.randn(n, 7) for n in (3, 1, 900, 50)] for _ in range(3))
     terms = [a.double() * (b.double() - c.double()) for a, b, c in zip(left, right, minus, strict=True)]
     as_on_an_accelerator(monkeypatch)
-    for found, exact in zip(slopes._products(left, right, minus), terms, strict=True):
+    for found, exact in zip(products.products(left, right, minus), terms, strict=True):
         # The 1-norm of a CPU is summed one by one.
         assert float(found) == pytest.approx(float(exact.sum()), abs=3e-6 * float(exact.abs().sum()))
     left[2][5, 5] = float("inf")
-    assert not torch.isfinite(slopes._products(left, right, minus)[2])
+    assert not torch.isfinite(products.products(left, right, minus)[2])
     left[2][5, 5] = float("nan")
-    assert not torch.isfinite(slopes._products(left, right, minus)[2])
+    assert not torch.isfinite(products.products(left, right, minus)[2])
 
 
 def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch):

