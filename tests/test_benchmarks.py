@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-for module in ("datasets", "evaluate", "matplotlib", "peft"):
+for module in ("datasets", "evaluate", "matplotlib", "peft", "scipy", "sklearn"):
     pytest.importorskip(module)
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
@@ -290,7 +290,7 @@ def test_rows_are_short_and_read_as_whole(tmp_path):
     assert results.points(200)[0] == 1 and results.points(200)[-1] == 200 and results.points(3) == [1, 2, 3]
     assert row["curves"]["learning_rate"][-1] == 0.2 and row["curves"]["train_loss"][0] == 200
     # Once short, always the same; and curves are of few.
-    assert results.short(row) == json.loads(line) or results.whole(results.short(row)) == row
+    assert results.short(row) == json.loads(line)
     for other in (
         whole_row("linear", "lqa", 3, **default),
         whole_row("linear", "lqa", 0, **{**default, "max_steps": 50}),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tasks
+from methods import swept
 
 Run = dict[str, Any]
 
@@ -55,6 +56,8 @@ POINTS = 50
 WIDTH = 10
 #: Steps after which the paper's tasks keep their training loss: its claim is the greatest reduction per step.
 EARLY = (10, 50)
+#: Methods that figures draw beside `lqa` and the best rate of a sweep.
+BESIDE = ("prodigy", "salsa", "adamw", "lqa_paper")
 #: Seeds of which figures draw curves.
 DRAWN_SEEDS = (0, 1, 2)
 
@@ -90,8 +93,8 @@ def drawn(run: Run) -> set[str]:
         return set()
     if method == "lqa":
         return {"train_loss", "learning_rate"}
-    single = run["seed"] == DRAWN_SEEDS[0] and task.kind == tasks.ENCODER and "=" not in method
-    return {"train_loss"} if single or of_paper(run) else set()
+    beside = run["seed"] == DRAWN_SEEDS[0] and task.kind == tasks.ENCODER and (swept(method) or method in BESIDE)
+    return {"train_loss"} if beside or of_paper(run) else set()
 
 
 def short(run: Run) -> Run:
@@ -164,11 +167,12 @@ def key(run: Run) -> str:
 def add(path: Path, other: Path) -> int:
     """Append the runs of another file that are not there yet; how many they were."""
     found = {key(run) for run in read(path)}
-    rows = [json.loads(line) for line in other.read_text(encoding="utf-8").splitlines() if line]
-    new = [row for row in rows if key(row) not in found]
-    for row in new:
-        write(path, row)
-    return len(new)
+    before = len(found)
+    for row in (json.loads(line) for line in other.read_text(encoding="utf-8").splitlines() if line):
+        if key(row) not in found:
+            found.add(key(row))
+            write(path, row)
+    return len(found) - before
 
 
 def mine(run: Run, worker: int, workers: int) -> bool:
@@ -185,7 +189,7 @@ def seconds(wanted: Run, runs: list[Run]) -> float | None:
     def work(run: Run) -> float:
         return run["max_steps"] * run["batch_size"] * (run["max_length"] or 1)
 
-    measured = [run for run in runs if run["machine"] == DEFAULTS["machine"] and run.get("seconds")]
+    measured = [run for run in runs if "threads" in run["machine"] and run.get("seconds")]  # on CPUs
     task = tasks.of(wanted["task"])
     same = [run for run in measured if run["task"] == wanted["task"]]
     alike = [run for run in same if all(run[key] == wanted[key] for key in tasks.SETTING)]
