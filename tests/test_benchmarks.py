@@ -173,11 +173,14 @@ def test_rows_are_masked_once_for_all(folder):
 
 def test_what_is_made_from_scratch():
     assert scratch.Vit()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    rows, again, others = scratch.digit_rows(20, 5, 0), scratch.digit_rows(20, 5, 0), scratch.digit_rows(20, 5, 1)
+    rows, again, others = (scratch.digit_rows(20, 5, seed, noise=0) for seed in (0, 0, 1))
     for row, same in zip(rows, again, strict=True):
         assert row["labels"][:-1].tolist() == sorted(row["input_ids"][:-1].tolist())
         assert row["labels"][-1] == scratch.END and torch.equal(row["input_ids"], same["input_ids"])
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, others, strict=True))
+    noisy = torch.stack([row["labels"] for row in scratch.digit_rows(400, 5, 0)])
+    ordered = torch.stack([row["labels"] for row in scratch.digit_rows(400, 5, 0, noise=0)])
+    assert 0.05 < (noisy != ordered)[:, :-1].float().mean() < 0.13 and (noisy[:, -1] == scratch.END).all()
 
 
 def test_two_texts_of_a_decoder_are_kept_apart(folder, tmp_path):
@@ -228,6 +231,25 @@ def test_finished_runs_are_not_repeated(folder, tmp_path, capsys):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert all("group_by_length" not in line and "max_grad_norm" not in line for line in lines)
     assert len(benchmark(folder, file, *argv, "--max_grad_norm", 0)) == 3
+
+
+def test_the_first_run_of_a_task_is_as_any(folder, tmp_path):
+    """The untrained model is evaluated once, before the first run: that moves none of the run's random numbers."""
+    argv = (
+        "--max_steps",
+        4,
+        "--batch_size",
+        4,
+        "--max_length",
+        8,
+        "--tasks",
+        "minilm_mlm",
+        "--model",
+        folder / "encoder",
+    )
+    loaders._load.cache_clear()
+    first, then = (benchmark(folder, tmp_path / f"{i}.jsonl", *argv, "--methods", "adamw@1e-2")[0] for i in range(2))
+    assert first["eval_loss"] == then["eval_loss"] and first["trivial_metric"] == then["trivial_metric"]
 
 
 def test_two_workers_share_the_runs(folder, tmp_path):
@@ -395,6 +417,12 @@ def test_a_rate_of_fewer_seeds_is_the_bar_only_where_it_is_better_on_those():
         more = [made_up("trec6", "adamw@1e-3+warmup", 0, other)]
         (table,) = sweeps.tables_of(map(results.whole, rows + more))
         assert table.best() == best and not table.bracketed()
+    # A rate without warm-up is bracketed by rates without it.
+    rows = [made_up("trec6", f"adamw@{rate}", 0, loss) for rate, loss in (("1e-4+warmup", 2.0), ("3e-4", 1.0))]
+    for rate, found in (("1e-3+warmup", False), ("1e-3", False), ("1e-4", True)):
+        rows.append(made_up("trec6", f"adamw@{rate}", 0, 2.0))
+        (table,) = sweeps.tables_of(map(results.whole, rows))
+        assert table.best() == "adamw@3e-4" and table.bracketed() == found
 
 
 def test_report(tmp_path):

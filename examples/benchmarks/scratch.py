@@ -25,6 +25,8 @@ from transformers import (
 
 #: Rows of digits to train on; those of validation are `max_eval_samples`, or as many as here.
 ROWS, VALIDATION_ROWS = 9600, 400
+#: Share of the digits in order that are drawn anew: without it losses fall to nothing, and a ratio of two says little.
+NOISE = 0.1
 #: Of the T5: padding, the end, and the ten digits.
 PAD, END, DIGIT = 0, 1, 2
 
@@ -65,11 +67,13 @@ def images(task: tasks.Task, options: argparse.Namespace) -> Loaded:
     return paper.loaded(paper.cifar(options.data_dir), Vit, nn.functional.cross_entropy)
 
 
-def digit_rows(rows: int, length: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of `length` digits, and the same digits in order."""
-    drawn = torch.randint(10, (rows, length), generator=torch.Generator().manual_seed(seed)) + DIGIT
+def digit_rows(rows: int, length: int, seed: int, noise: float = NOISE) -> list[dict[str, torch.Tensor]]:
+    """Rows of `length` digits, and the same digits in order, but for a share that is drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn, wrong = (torch.randint(10, (rows, length), generator=generator) + DIGIT for _ in range(2))
+    ordered = torch.where(torch.rand(rows, length, generator=generator) < noise, wrong, drawn.sort(1).values)
     ends = torch.full((rows, 1), END)
-    inputs, labels = torch.cat([drawn, ends], 1), torch.cat([drawn.sort(1).values, ends], 1)
+    inputs, labels = torch.cat([drawn, ends], 1), torch.cat([ordered, ends], 1)
     return [{"input_ids": row, "labels": target} for row, target in zip(inputs, labels, strict=True)]
 
 

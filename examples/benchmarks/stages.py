@@ -167,7 +167,7 @@ STAGES: dict[str, list[Entry]] = {
         (["stsb_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
         (["clinc150_smollm2"], ["lqa", *adamw("1e-4", "1e-3"), *PLAIN, *HEAD], SEEDS, {}),
         (["stsb_smollm2_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
-        (["t5_scratch"], ["lqa", *adamw("1e-3", "3e-2"), *PLAIN], SEEDS, {}),
+        (["t5_scratch"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN], SEEDS, {}),
     ],
     "sgd": [(TEXTS, [f"sgd@{rate}+warmup+momentum=0.9" for rate in ("3e-3", "1e-2", "3e-2")], [0], {})],
 }

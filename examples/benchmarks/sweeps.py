@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import tasks
-from methods import rate_of, swept
+from methods import parse_method, rate_of, swept
 from results import IDENTITY, Run, mean
 
 #: What tells one setting of a task from another.
@@ -78,8 +78,12 @@ class Table:
         return best
 
     def bracketed(self) -> bool:
-        """Whether the best rate has a lower and a higher neighbour."""
-        return self.best() not in (None, self.rates()[0], self.rates()[-1])
+        """Whether the best rate has a lower and a higher neighbour, with a warm-up as it or without."""
+        best = self.best()
+        if best is None:
+            return False
+        alike = [method for method in self.rates() if parse_method(method).warmup == parse_method(best).warmup]
+        return best not in (alike[0], alike[-1])
 
     def metric(self, run: Run) -> float | None:
         """The task's own metric of a run; older runs have only one."""

@@ -103,7 +103,7 @@ _TASKS = [
     Task("gpt2_scratch", SCRATCH, "search", "scratch:characters", _setting(300, 32, 64, 256)),
     Task("vit_scratch", SCRATCH, "kept", "scratch:images", _setting(300, 64, None, None), "accuracy"),
     # Digits of a row in order, by a small T5; `max_length` is their number.
-    Task("t5_scratch", SEQUENCE, "kept", "scratch:digits", _setting(300, 32, 8, 400), "accuracy"),
+    Task("t5_scratch", SEQUENCE, "kept", "scratch:digits", _setting(300, 32, 16, 400), "accuracy"),
     Task("linear", PAPER, "search", "paper:load", _DENSE),
     Task("logistic", PAPER, "search", "paper:load", _DENSE, "accuracy"),
     Task("mlp_mnist", PAPER, "search", "paper:load", _DENSE, "accuracy"),

@@ -169,7 +169,9 @@ def train(data: Loaded, name: str, seed: int, options: argparse.Namespace) -> di
         )
         trainer.add_callback(AfterStep(trainer))
         if data.trivial is None:
-            data.trivial = -trainer.evaluate()["eval_loss"]
+            # Evaluation draws a number; the first run of a task must not have others than those after it.
+            with torch.random.fork_rng():
+                data.trivial = -trainer.evaluate()["eval_loss"]
         error = None
         try:
             trainer.train()
