@@ -1,21 +1,26 @@
 """The paper's kinds of task (arXiv 2004.03260): linear and logistic regression, an MLP on MNIST, LeNet on CIFAR-10.
 
-`load` gives data and a model that returns its loss, as a Trainer expects. The two sets of images are read from a folder
+Their models return their loss, as a Trainer expects. The two sets of images are read from a folder
 (``mnist_10k/mnist_10k.npz``, ``cifar10_6k/cifar10_6k_jpg.zip``) or, in full, by their names on the hub.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tasks
 import torch
+from loaders import Loaded, accuracy, minus_squared_error, trivial_metric
 from torch import Tensor, nn
 
-TASKS = ("linear", "logistic", "mlp_mnist", "lenet_cifar")
+#: Training inputs and labels, validation inputs and labels.
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Arrays(torch.utils.data.Dataset):
@@ -61,7 +66,7 @@ def synthetic(classes: bool, rows: int = 6000, columns: int = 50) -> tuple[Tenso
     return inputs, scores + 0.5 * torch.randn(rows, generator=generator)
 
 
-def mnist(data_dir: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mnist(data_dir: Path | None) -> Parts:
     if data_dir is None:
         train, test = _hub("ylecun/mnist", "image")
     else:
@@ -73,7 +78,7 @@ def mnist(data_dir: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(parts)  # type: ignore[return-value]
 
 
-def cifar(data_dir: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cifar(data_dir: Path | None) -> Parts:
     if data_dir is None:
         splits = _hub("uoft-cs/cifar10", "img")
     else:
@@ -105,6 +110,10 @@ def _hub(name: str, column: str) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
 def lenet() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
@@ -112,24 +121,23 @@ def lenet() -> nn.Module:
     )
 
 
-def load(task: str, data_dir: Path | None) -> tuple[Arrays, Arrays, Callable[[], nn.Module]]:
-    """Training rows, validation rows, and what makes a fresh model."""
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
-    if task in ("linear", "logistic"):
-        inputs, labels = synthetic(task == "logistic")
-        split = len(labels) * 5 // 6
-        parts = inputs[:split], labels[:split], inputs[split:], labels[split:]
-        columns, outputs = inputs.shape[1], 1 if task == "linear" else 2
-        if task == "linear":
-            loss = squared_error
+def loaded(parts: Parts, module: Callable[[], nn.Module], loss: Callable[[Tensor, Tensor], Tensor]) -> Loaded:
+    """The data with models that are fresh modules and this loss."""
+    regression = loss is squared_error
+    metric = minus_squared_error if regression else accuracy
+    trivial = trivial_metric(parts[1].numpy(), parts[3].numpy(), regression)
+    train, validation = Arrays(*parts[:2]), Arrays(*parts[2:])
+    return Loaded(train, validation, lambda: WithLoss(module(), loss), lambda batch: batch, metric, trivial)
 
-        def module() -> nn.Module:
-            return nn.Linear(columns, outputs)
-    elif task == "mlp_mnist":
-        parts = mnist(data_dir)
 
-        def module() -> nn.Module:
-            return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-    else:
-        parts, module = cifar(data_dir), lenet
-    return Arrays(*parts[:2]), Arrays(*parts[2:]), lambda: WithLoss(module(), loss)
+def load(task: tasks.Task, options: argparse.Namespace) -> Loaded:
+    if task.name == "lenet_cifar":
+        return loaded(cifar(options.data_dir), lenet, nn.functional.cross_entropy)
+    if task.name == "mlp_mnist":
+        return loaded(mnist(options.data_dir), mlp, nn.functional.cross_entropy)
+    classes = task.name == "logistic"
+    inputs, labels = synthetic(classes)
+    split = len(labels) * 5 // 6
+    parts = inputs[:split], labels[:split], inputs[split:], labels[split:]
+    module = functools.partial(nn.Linear, inputs.shape[1], 2 if classes else 1)
+    return loaded(parts, module, nn.functional.cross_entropy if classes else squared_error)
