@@ -52,9 +52,11 @@ FLAGS = {
     "parabola.py": "--cache_dir cache --step 1 --points 5 --batch_size 8 --output out/parabola.png",
     "pytorch_loop.py": "--steps 60",
     "accelerate_loop.py": "",
+    "minimal.py": "",
 }
 #: What comes out, as the table in examples/README.md says: a number of this name.
 METRIC = {
+    "minimal.py": "accuracy",
     "quickstart.py": "accuracy",
     "text_classification.py": "accuracy",
     "configs/text_regression.yaml": "mse",
@@ -151,8 +153,11 @@ def check(command, printed, folder):
         assert printed.count("LQA: ") == 2, printed  # of two processes one speaks
         output_dir = re.search(r"--output_dir (\S+)", command)
         if "examples/" in command:
-            picture = folder / re.search(r"^plot: (.*)$", printed, re.MULTILINE)[1]
+            said = dict(re.findall(r"^(plot|model|adapter|next): (.*)$", printed, re.MULTILINE))
+            picture, saved = folder / said["plot"], said.get("model") or said["adapter"]
             assert picture.read_bytes()[:4] == b"\x89PNG" and workspace.probed(picture.parent)
+            assert [*(folder / saved).glob("*model.safetensors")], printed
+            assert said["next"].startswith(f"python -m hf_lqa.plot {saved} --"), printed
         else:
             assert workspace.probed(folder / output_dir[1])
     if "lora" in command:
