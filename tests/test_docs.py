@@ -29,7 +29,7 @@ ELSEWHERE = {
         ".ci/run",
         "readme test-command",
     ),
-    'pip install -e ".[examples]"': ("pyproject.toml", 'test = ["hf-lqa[examples]"'),
+    'pip install -e ".[examples]"': ("pyproject.toml", 'test = [\n    "hf-lqa[examples]"'),
     "python -m pytest tests/test_setups.py -k NAME": (".ci/run", "readme test-command"),
     "python -m pytest tests/test_gpu.py": (".ci/run", "readme test-command"),
     "HF_SCRIPTS=path/to/transformers/examples/pytorch pytest tests/test_hf_scripts.py": (
