@@ -111,12 +111,10 @@ class Announcement(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lqa: LQA | None = self._trainer.lqa
-        # What an interrupted step recorded, and auto_find_batch_size after a try that ran out of memory.
-        self._trainer._lqa_probe = None
+        self._trainer._lqa_forget()
         self._least, self._most = math.inf, 0.0
         if lqa is None:
             return
-        lqa.arm(None)
         self._trainer._lqa_lines.begin(lqa, state)
         self._begun, self._probed = time.perf_counter(), lqa.probe_seconds
         self._before = self._skipped = lqa.counts["skipped"]

@@ -238,7 +238,8 @@ def _draw_probe(figure_class: Any, measured: Sequence[dict[str, Any]], step: int
     center = points[1]
     figure = figure_class(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    marks = {"its minimum": fit.step_size, "step taken": applied}
+    minimum = "its minimum" if fit.verdict is not Verdict.CLAMPED else "bound, short of its minimum"
+    marks = {minimum: fit.step_size, "step taken": applied}
     # What lies very far out, along a direction that is nearly straight, would hide the points.
     near = {name: x for name, x in marks.items() if x is not None and x < 20 * radius}
     ends = [-1.5 * radius, 1.5 * radius, *(1.3 * x for x in near.values())]
@@ -250,7 +251,7 @@ def _draw_probe(figure_class: Any, measured: Sequence[dict[str, Any]], step: int
     axes.plot(xs, [parabola(x) for x in xs], color=_BLUE, linestyle="--", label="parabola")
     axes.plot([-radius, 0, radius], points, color=_DARK, linestyle="none", marker="o", label="losses measured")
     styles = {
-        "its minimum": {"color": _ORANGE, "linestyle": "none", "marker": "*", "markersize": 13},
+        minimum: {"color": _ORANGE, "linestyle": "none", "marker": "*", "markersize": 13},
         "step taken": {"color": "0.4", "linestyle": "none", "marker": "|", "markersize": 13, "markeredgewidth": 2},
     }
     for name, x in marks.items():

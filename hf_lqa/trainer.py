@@ -69,6 +69,12 @@ class LQATrainerMixin(_Trainer):
             self.add_callback(Announcement(self))
         return super().train(*args, **kwargs)
 
+    def _lqa_forget(self) -> None:
+        """Let go of what an interrupted step recorded: auto_find_batch_size begins anew after one."""
+        self._lqa_probe = None
+        if (lqa := self.lqa) is not None:
+            lqa.arm(None)
+
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; called again for every trial of a hyperparameter search."""
         super().create_accelerator_and_postprocess()

@@ -64,7 +64,7 @@ def test_the_tour(files, tmp_path, monkeypatch):
     outputs = [output for cell in cells for output in cell.outputs]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
-    assert "probe of step 1: slope -" in printed and "lines of the log, the last 20 of them trained again" in printed
+    assert "probe of step 1: slope -" in printed and "Trained again and the same: steps [45, 50, 55, 60]" in printed
     assert len(re.findall(r"^\S+ +validation loss \d\.\d+$", printed, re.MULTILINE)) == 3
     assert workspace.probed(tmp_path / "out" / "tour" / "lqa")
 

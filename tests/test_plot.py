@@ -141,6 +141,21 @@ def test_every_probe_has_its_parabola_and_verdict(run):
     assert is_png(plot(folder, probe=3))
 
 
+@pytest.mark.parametrize(
+    "verdict, minimum", [("accepted", "its minimum: 0.2"), ("clamped", "bound, short of its minimum")]
+)
+def test_one_probe_is_its_three_losses_and_its_parabola(verdict, minimum, tmp_path, drawn):
+    line = {"step": 3, "loss": 2.0, "learning_rate": 0.05, "lqa_probe_step": 3, f"lqa_verdict_{verdict}": 1}
+    line |= {"lqa_slope": -2.0, "lqa_curvature": 10.0, "lqa_fit_step_size": 0.2, "lqa_probe_radius": 0.1}
+    line |= {"lqa_loss_minus": 2.25, "lqa_loss_center": 2.0, "lqa_loss_plus": 1.85}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [line]}))
+    plot(tmp_path, probe=3)
+    axes = drawn[0].axes[0]
+    assert curve(axes, "losses measured") == ([-0.1, 0, 0.1], [2.25, 2.0, 1.85])
+    assert curve(axes, "step taken: 0.05") == ([0.05], [pytest.approx(1.9125)])
+    assert any(line.get_label().startswith(minimum) for line in axes.lines) and verdict in axes.get_title()
+
+
 def test_the_last_checkpoint_will_do(tmp_path):
     trainer = LQATrainer(
         tiny_bert(), arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=10), train_dataset=rows()
