@@ -112,7 +112,7 @@ class Announcement(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lqa: LQA | None = self._trainer.lqa
         self._trainer._lqa_forget()
-        self._least, self._most = math.inf, 0.0
+        self._least, self._most, self._saved = math.inf, 0.0, False
         if lqa is None:
             return
         self._trainer._lqa_lines.begin(lqa, state)
@@ -139,6 +139,9 @@ class Announcement(TrainerCallback):
             self._least, self._most = min(self._least, lqa.step_size), max(self._most, lqa.step_size)
         self._skipped = lqa.counts["skipped"]
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = True
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lqa: LQA | None = self._trainer.lqa
         if lqa is None or not state.is_world_process_zero:
@@ -147,8 +150,9 @@ class Announcement(TrainerCallback):
         rates = f"learning rates from {self._least:.2g} to {self._most:.2g}" if self._most else "no step was taken"
         skipped = lqa.counts["skipped"] - self._before
         without = f" {skipped} steps were skipped, whose gradients were not finite." if skipped else ""
-        # There is nothing to read before: a Trainer writes its log into checkpoints, and where it is told to.
-        saved = any(Path(args.output_dir).glob("checkpoint-*/trainer_state.json"))
+        # A Trainer writes its log into checkpoints; what else lies there is read first, and may be of an earlier run.
+        there = self._saved and not state.is_hyper_param_search
+        saved = there and not (Path(args.output_dir) / "trainer_state.json").exists()
         print(
             f"LQA: {rates}; probes took {share:.1%} of the time.{without}"
             f" To see them{'' if saved else ', after trainer.save_state()'}: {plot_command(args.output_dir)}",

@@ -298,6 +298,10 @@ def test_start_and_end_are_announced(tmp_path, capsys):
     assert "skipped" not in end and end.endswith(f"To see them, after trainer.save_state(): {command}")
     trained(folder, lr_scheduler_type="cosine", save_strategy="epoch")
     assert announced(capsys)[1].endswith(f"To see them: {command}")
+    trained(folder).save_state()  # what lies there is of the run before
+    assert announced(capsys)[1].endswith(f"To see them, after trainer.save_state(): {command}")
+    trained(folder, save_strategy="epoch")
+    assert announced(capsys)[1].endswith(f"To see them, after trainer.save_state(): {command}")
 
 
 def test_a_schedule_of_ones_own_and_skipped_steps_are_announced(tmp_path, capsys):
