@@ -60,6 +60,7 @@ def main() -> None:
     with torch.no_grad():
         accuracy = (model(inputs.to(accelerator.device)).argmax(1) == targets.to(accelerator.device)).float().mean()
     accelerator.print(f"accuracy: {accuracy.item():.3f}, probe forwards: {lqa.counts['probe_forwards']}")
+    accelerator.print("next: put your model, data and loss in place of these, then accelerator.save_model(model, ...)")
     # The DDP model first: gloo's threads are waited for safely only where nothing else holds the process group.
     model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()

@@ -11,7 +11,6 @@ All arguments may be in a file instead: ``python examples/causal_language_modeli
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 
@@ -57,22 +56,14 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
 
 def load_data(args: DataArguments) -> DatasetDict:
     if args.dataset_name is not None:
-        data = load_dataset(args.dataset_name, args.dataset_config_name)
+        splits = {"train": "train", "validation": "validation"}
+        data = load_dataset(args.dataset_name, args.dataset_config_name, split=splits)
+    elif args.train_file is None or args.validation_file is None:
+        raise ValueError("--train_file or --validation_file is missing: give both, or --dataset_name")
     else:
-        for name in ("train_file", "validation_file"):
-            if (path := getattr(args, name)) is None:
-                raise ValueError(f"--{name} is missing: give --train_file and --validation_file, or --dataset_name")
-            if not os.path.isfile(path):
-                raise ValueError(f"--{name} {path}: there is no such file; give the path of one")
         files = {"train": args.train_file, "validation": args.validation_file}
         data = load_dataset("text", data_files=files, keep_linebreaks=True)
-    for split in ("train", "validation"):
-        if split not in data:
-            raise ValueError(f"--dataset_name {args.dataset_name}: it has no split {split}, but {', '.join(data)}")
-        if args.text_column not in data[split].column_names:
-            columns = ", ".join(data[split].column_names)
-            raise ValueError(f"--text_column {args.text_column}: the {split} data have the columns {columns}")
-    return DatasetDict(train=data["train"], validation=data["validation"])
+    return data.select_columns([args.text_column])
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -80,13 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     training_args.logging_first_step = True  # for the plot, however few the steps
     set_seed(training_args.seed)
     data = load_data(data_args)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    except OSError as error:
-        raise ValueError(
-            f"--model_name_or_path {model_args.model_name_or_path}: neither a folder nor a name on the hub that"
-            " could be reached"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path)
 
     def blocks(rows: dict[str, list]) -> dict[str, list]:
@@ -122,7 +107,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("eval", results)
     if trainer.is_world_process_zero():
         print(f"perplexity: {results['eval_perplexity']:.2f}")
+        print(f"model: {training_args.output_dir}")
         print(f"plot: {plot(training_args.output_dir)}")
+        print(f"next: python -m hf_lqa.plot {training_args.output_dir} --compare DIR draws another run beside it")
     return results
 
 

@@ -10,7 +10,6 @@ Only the adapter's weights are probed: a probe copies them, not the model's.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, field
 
@@ -47,16 +46,8 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
 def main(argv: list[str] | None = None) -> None:
     args, training_args = parse(sys.argv[1:] if argv is None else argv)
     training_args.logging_first_step = True  # for the plot, however few the steps
-    if not os.path.isfile(args.train_file):
-        raise ValueError(f"--train_file {args.train_file}: there is no such file")
     set_seed(training_args.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    except OSError as error:
-        raise ValueError(
-            f"--model_name_or_path {args.model_name_or_path}: neither a folder nor a name on the hub that"
-            " could be reached"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
@@ -83,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()  # the adapter
     trainer.save_state()
     if trainer.is_world_process_zero():
+        print(f"adapter: {training_args.output_dir}")
         print(f"plot: {plot(training_args.output_dir)}")
+        print(f"next: python -m hf_lqa.plot {training_args.output_dir} --compare DIR draws another run beside it")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def main() -> None:
     axes.legend(fontsize="small")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
-    print(args.output)
+    print(f"picture: {args.output}; another step: --step N")
 
 
 if __name__ == "__main__":

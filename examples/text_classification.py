@@ -15,7 +15,6 @@ All arguments may be in a file instead: ``python examples/text_classification.py
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,48 +69,29 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
 
 
 def load_data(args: DataArguments) -> DatasetDict:
-    """The splits "train" and "validation"."""
+    """The splits "train" and "validation", with the columns that are used."""
     if args.dataset_name is not None:
-        splits = load_dataset(args.dataset_name, args.dataset_config_name)
-        for name in ("train_split", "validation_split"):
-            if (split := getattr(args, name)) not in splits:
-                raise ValueError(f"--{name} {split}: {args.dataset_name} has the splits {', '.join(splits)}")
-        return DatasetDict(train=splits[args.train_split], validation=splits[args.validation_split])
-    for name in ("train_file", "validation_file"):
-        if (path := getattr(args, name)) is None:
-            raise ValueError(f"--{name} is missing: give --train_file and --validation_file, or --dataset_name")
-        if not os.path.isfile(path):
-            raise ValueError(f"--{name} {path}: there is no such file; give the path of one")
-    kind = "csv" if args.train_file.endswith(".csv") else "json"
-    return load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
-
-
-def check_columns(data: DatasetDict, args: DataArguments) -> None:
+        splits = {"train": args.train_split, "validation": args.validation_split}
+        data = load_dataset(args.dataset_name, args.dataset_config_name, split=splits)
+    elif args.train_file is None or args.validation_file is None:
+        raise ValueError("--train_file or --validation_file is missing: give both, or --dataset_name")
+    else:
+        kind = "csv" if args.train_file.endswith(".csv") else "json"
+        data = load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
+    columns = [args.text_column, *filter(None, [args.text_pair_column]), args.label_column]
+    data = data.select_columns(columns)
     for split, rows in data.items():
-        for name in ("text_column", "text_pair_column", "label_column"):
-            column = getattr(args, name)
-            if column is None:
-                continue
-            if column not in rows.column_names:
-                raise ValueError(
-                    f"--{name} {column}: the {split} data have the columns {', '.join(rows.column_names)}; give one of"
-                    f" them as --{name}"
-                )
+        for column in columns:
             if empty := rows.data.column(column).null_count:
-                raise ValueError(f"--{name} {column}: it is empty in {empty} rows of the {split} data; remove them")
+                raise ValueError(f"column {column}: it is empty in {empty} rows of the {split} data; remove them")
+    return data
 
 
 def classes_of(data: DatasetDict, args: DataArguments) -> list[str]:
     """The names of the classes, in the order of their numbers; one nameless class for regression."""
-    feature, values = data["train"].features[args.label_column], data["train"].unique(args.label_column)
-    number = isinstance(values[0], (int, float)) and not isinstance(values[0], bool)
     if args.regression:
-        if not number:
-            raise ValueError(
-                f"--regression: --label_column {args.label_column} holds {values[0]!r}, which is no number. Leave"
-                " --regression out to predict classes"
-            )
         return [""]
+    feature, values = data["train"].features[args.label_column], data["train"].unique(args.label_column)
     if isinstance(values[0], float):
         raise ValueError(
             f"--label_column {args.label_column} holds numbers such as {values[0]!r}: give --regression to predict them"
@@ -147,19 +127,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
 
     data = load_data(data_args)
-    check_columns(data, data_args)
     classes = classes_of(data, data_args)
     for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
         if limit is not None and limit < len(data[split]):
             data[split] = data[split].shuffle(seed=0).select(range(limit))
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    except OSError as error:
-        raise ValueError(
-            f"--model_name_or_path {model_args.model_name_or_path}: neither a folder nor a name on the hub that"
-            " could be reached"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_args.model_name_or_path,
         num_labels=len(classes),
@@ -205,7 +178,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if trainer.is_world_process_zero():
         for name in ("mse", "pearsonr") if data_args.regression else ("accuracy",):
             print(f"{name}: {results[f'eval_{name}']:.4f}")
+        print(f"model: {training_args.output_dir}")
         print(f"plot: {plot(training_args.output_dir)}")
+        print(f"next: python -m hf_lqa.plot {training_args.output_dir} --compare DIR draws another run beside it")
     return results
 
 

@@ -10,7 +10,6 @@ Each line of the file is ``{"text": ...}``, ``{"prompt": ..., "completion": ...}
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, field
 
@@ -37,8 +36,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv
     )
     training_args.logging_first_step = True  # for the plot, however few the steps
-    if not os.path.isfile(args.train_file):
-        raise ValueError(f"--train_file {args.train_file}: there is no such file")
     trainer = LQASFTTrainer(
         model=args.model_name_or_path,
         args=training_args,
@@ -48,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        print(f"model: {training_args.output_dir}")
         print(f"plot: {plot(training_args.output_dir)}")
+        print(f"next: python -m hf_lqa.plot {training_args.output_dir} --compare DIR draws another run beside it")
 
 
 if __name__ == "__main__":

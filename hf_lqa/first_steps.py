@@ -157,11 +157,6 @@ class FirstStepsPolicy(PaperPolicy):
         steps = self._RATES_TO_A_DOUBLING / math.log(2)
         return [math.exp(round(rate * steps) / steps) for rate in log_rates]
 
-    def cadence(self) -> str:
-        first = ", ".join(str(step + 1) for step in self._FIRST_PROBES)
-        until = "until a parabola opens downwards or a step overshoots"
-        return f"probes at step 1, at {first} {until}, and every {self.probe_interval}"
-
     def wants_probe(self, step: int) -> bool:
         # One that opened downwards, or a step that overshot, has the last word.
         return super().wants_probe(step) or (step in self._FIRST_PROBES and self.convex is not False)

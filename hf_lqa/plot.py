@@ -1,16 +1,16 @@
-"""``python -m hf_lqa.plot OUTPUT_DIR``: what a run measured and chose, from its ``trainer_state.json`` alone."""
+"""``python -m hf_lqa.plot OUTPUT_DIR``: a run's loss and learning rate, from its ``trainer_state.json`` alone."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .quadratic import Fit, Verdict, fit_losses
+from .logs import probes, read_log
+from .quadratic import Verdict
 
 #: Okabe and Ito's colours in an order of falling darkness, each with its own line style: they work in grey, too.
 _STYLES = [
@@ -22,93 +22,49 @@ _STYLES = [
     ("#56B4E9", "--"),
 ]
 _DARK, _BLUE, _ORANGE = "#000000", "#0072B2", "#E69F00"
-_EPSILON = 2.0**-23  # of float32; with less precise types, more fits drown in rounding errors
 _MARKERS = dict(zip(Verdict, "o^vXDsP", strict=True))
-
-
-def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The log of a run: ``trainer_state.json`` of the folder itself or of its last ``checkpoint-*``.
-
-    Raises:
-        ValueError: there is none, or it has no training loss.
-    """
-    folder = Path(output_dir)
-    checkpoints = [p for p in folder.glob("checkpoint-*/trainer_state.json") if p.parent.name[11:].isdigit()]
-    checkpoints.sort(key=lambda p: int(p.parent.name[11:]))
-    path = next((p for p in (folder / "trainer_state.json", *reversed(checkpoints)) if p.is_file()), None)
-    if path is None:
-        raise ValueError(
-            f"OUTPUT_DIR={str(output_dir)!r}: no trainer_state.json in it or in a checkpoint-*; give the --output_dir"
-            " of a run, and call trainer.save_state() after training or save checkpoints"
-        )
-    log: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    if not any("loss" in entry for entry in log):
-        raise ValueError(
-            f"OUTPUT_DIR={str(output_dir)!r}: {path.name} has no training loss; train with --logging_steps"
-        )
-    return log
-
-
-def probes(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per logged probe, with its ``fit``: an entry of the log shows the last probe before it."""
-    entries = [entry for entry in log if "lqa_probe_step" in entry]
-    return [{**entry, "fit": _fit(entry)} for entry in _changes(entries, "lqa_probe_step")]
-
-
-def _fit(entry: dict[str, Any]) -> Fit:
-    """The fit behind an entry. Bound and rounding error are not logged, but whether it gave a step size is."""
-    names = ("lqa_loss_minus", "lqa_loss_center", "lqa_loss_plus", "lqa_probe_radius")
-    minus, center, plus, radius = (entry.get(name, math.nan) for name in names)
-    if not radius > 0:  # nothing to probe along: flat, or not finite
-        flat = entry.get("lqa_slope") == 0
-        return Fit(
-            entry.get("lqa_slope", math.nan), math.nan, None, Verdict.NON_DESCENT if flat else Verdict.NON_FINITE
-        )
-    if math.isnan(minus) and math.isnan(plus) and "lqa_slope" in entry:  # known without them: the gradient's
-        return Fit(entry["lqa_slope"], math.nan, None, Verdict.NOT_REPLAYABLE)
-    fit, found = fit_losses(minus, center, plus, radius), entry.get("lqa_fit_step_size")
-    if found is not None:
-        clamped = fit.step_size is not None and found < 0.999 * fit.step_size
-        return Fit(fit.slope, fit.curvature, found, Verdict.CLAMPED if clamped else Verdict.ACCEPTED)
-    refused = fit_losses(minus, center, plus, radius, noise=_EPSILON * abs(center))
-    return refused if not refused.verdict.usable else Fit(fit.slope, fit.curvature, None, Verdict.BELOW_NOISE)
 
 
 def plot(
     output_dir: str | Path,
     compare: Sequence[str | Path] = (),
     *,
+    details: bool = False,
     probe: int | None = None,
     output: str | Path | None = None,
     show: bool = False,
 ) -> Path:
-    """Draw a run and return the path of the picture.
+    """Draw a run and return the path of the picture: its loss, and the learning rate that was applied.
 
     Args:
-        output_dir: a run's ``output_dir``, with a ``trainer_state.json`` in it or in its last checkpoint.
-        compare: more of them: loss and learning rate of all in one picture. They may be of any optimizer.
+        output_dir: a run's ``output_dir``, with a ``trainer_state.json`` in it or in its last checkpoint. It may be of
+            any optimizer.
+        compare: more of them, to be drawn over the same steps.
+        details: draw everything that LQA measured as well.
         probe: draw the parabola that was measured at this step instead.
-        output: where to; ``OUTPUT_DIR/lqa.png``, ``lqa_compare.png`` or ``lqa_probe_STEP.png`` if not given.
+        output: where to; if not given, ``lqa.png``, ``lqa_compare.png``, ``lqa_details.png`` or ``lqa_probe_STEP.png``
+            in `output_dir`.
         show: open a window, too.
 
     Raises:
-        ValueError: there is no log, or no probe of that step in it.
+        ValueError: there is no log, or not in it what is to be drawn; or more than one of `compare`, `details` and
+            `probe` is given.
         ImportError: matplotlib is not installed.
     """
+    if bool(compare) + details + (probe is not None) > 1:
+        raise ValueError("--compare, --details and --probe are pictures of their own: give one of them")
     figure_class = _figure_class(show)
     log = read_log(output_dir)
-    if probe is not None:
-        figure, name = _draw_probe(figure_class, log, probe), f"lqa_probe_{probe}.png"
-    elif compare:
+    if details:
+        figure, name = _draw_details(figure_class, log, _probes(output_dir, log)), "lqa_details.png"
+    elif probe is not None:
+        figure, name = _draw_probe(figure_class, _probes(output_dir, log), probe), f"lqa_probe_{probe}.png"
+    else:
         runs = [output_dir, *compare]
         names = [Path(run).resolve().name for run in runs]
         names = names if len(set(names)) == len(names) else [str(run) for run in runs]
         logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
-        figure, name = _draw_runs(figure_class, logs), "lqa_compare.png"
-    elif any("lqa_step_size" in entry for entry in log):
-        figure, name = _draw_run(figure_class, log), "lqa.png"
-    else:
-        figure, name = _draw_runs(figure_class, {Path(output_dir).resolve().name: log}), "lqa.png"
+        figure, name = _draw_runs(figure_class, logs), "lqa_compare.png" if compare else "lqa.png"
     path = Path(output) if output is not None else Path(output_dir) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -117,6 +73,19 @@ def plot(
 
         pyplot.show()
     return path
+
+
+def _probes(output_dir: str | Path, log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    name = f"OUTPUT_DIR={str(output_dir)!r}"
+    try:
+        measured = probes(log)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not measured:
+        raise ValueError(
+            f"{name}: no probe of LQA in the log. Leave --details and --probe out for a run of another optimizer"
+        )
+    return measured
 
 
 def _figure_class(show: bool) -> Any:
@@ -130,12 +99,6 @@ def _figure_class(show: bool) -> Any:
     except ImportError as error:
         raise ImportError('plots need matplotlib, which is not installed: pip install "hf-lqa[plot]"') from error
     return Figure
-
-
-def _changes(log: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The entries in which `key` has a new value: a measurement is logged again until there is the next."""
-    entries = [entry for entry in log if key in entry]
-    return [e for i, e in enumerate(entries) if i == 0 or e[key] != entries[i - 1][key]]
 
 
 def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -169,48 +132,63 @@ def _draw_loss(axes: Any, log: Sequence[dict[str, Any]], name: str = "", color: 
     axes.set_ylabel("loss")
 
 
+def _draw_rate(axes: Any, log: Sequence[dict[str, Any]], name: str = "", color: str = _DARK, line: str = "-") -> None:
+    steps, rates = _series(log, "learning_rate")
+    rates = [rate or math.nan for rate in rates]  # no place for 0 on a logarithmic scale
+    axes.plot(steps, rates, color=color, linestyle=line, label=name or "applied")
+    axes.set_yscale("log")
+    axes.set_ylabel("learning rate")
+
+
+def _draw_band(axes: Any, log: Sequence[dict[str, Any]]) -> None:
+    """The rates of the slowest and of the fastest tensor; nothing if they never differ."""
+    least = most = 1.0
+    band = []
+    for entry in log:
+        least, most = entry.get("lqa_multiplier_min", least), entry.get("lqa_multiplier_max", most)
+        if rate := entry.get("learning_rate"):
+            band.append((entry["step"], rate * least, rate * most))
+    if any(below < above for _, below, above in band):
+        label = "from the slowest to the fastest tensor"
+        axes.fill_between(*zip(*band, strict=True), color=_DARK, alpha=0.15, linewidth=0, label=label)
+
+
 def _draw_runs(figure_class: Any, logs: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
-    """Loss and learning rate of several runs."""
+    """Loss and learning rate, of one run with its band and of several with their names."""
     figure = figure_class(figsize=(7, 6), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
+    loss, rate = figure.subplots(2, sharex=True)
     for i, (name, log) in enumerate(logs.items()):
-        color, line = _STYLES[i % len(_STYLES)]
-        _draw_loss(top, log, name, color, line)
-        steps, rates = _series(log, "learning_rate")
-        bottom.plot(steps, [rate or math.nan for rate in rates], color=color, linestyle=line, label=name)
-    bottom.set_yscale("log")
-    bottom.set_ylabel("learning rate applied")
-    bottom.set_xlabel("step")
-    top.legend(fontsize="small")
+        style = (name if len(logs) > 1 else "", *_STYLES[i % len(_STYLES)])
+        _draw_loss(loss, log, *style)
+        _draw_rate(rate, log, *style)
+        if len(logs) == 1:
+            _draw_band(rate, log)
+    loss.legend(fontsize="small")
+    if len(rate.get_legend_handles_labels()[0]) > len(logs):
+        rate.legend(fontsize="small")
+    rate.set_ylabel("learning rate applied")
+    rate.set_xlabel("step")
     return figure
 
 
-def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
+def _draw_details(figure_class: Any, log: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Any:
     """Everything about one run with LQA."""
-    measured = probes(log)
     figure = figure_class(figsize=(7, 10), layout="constrained")
     loss, rate, slopes, curvature, verdicts = figure.subplots(5, sharex=True, height_ratios=[3, 3, 2, 2, 1.3])
 
     _draw_loss(loss, log)
     loss.legend(fontsize="small")
 
-    steps, rates = _series(log, "learning_rate")
-    rate.plot(steps, [r or math.nan for r in rates], color=_DARK, label="applied")
-    spread = [e for e in log if e.get("learning_rate") and "lqa_relative_rate_min" in e]
-    least, most = ([e["learning_rate"] * e[f"lqa_relative_rate_{end}"] for e in spread] for end in ("min", "max"))
-    if spread:
-        steps = [entry["step"] for entry in spread]
-        rate.fill_between(steps, least, most, color=_DARK, alpha=0.15, linewidth=0, label="of all parameters")
-    steps, levels = _series(log, "lqa_level")
-    rate.plot(steps, levels, color=_BLUE, linestyle="--", label="level, before warm-up and schedule")
-    rate.set_yscale("log")
-    rate.set_ylabel("learning rate")
+    _draw_rate(rate, log)
+    _draw_band(rate, log)
+    steps, sizes = _series(log, "lqa_base_step_size")
+    rate.plot(steps, sizes, color=_BLUE, linestyle="--", label="base step size, before warm-up and schedule")
     rate.legend(fontsize="small")
 
     at = [entry["lqa_probe_step"] for entry in measured]
     values = [entry["fit"].slope for entry in measured]
     slopes.plot(at, values, color=_DARK, linestyle="none", marker="o", markersize=4, label="at the start of a step")
-    steps, values = _series(_changes(log, "lqa_end_slope"), "lqa_end_slope")
+    steps, values = _series(log, "lqa_end_slope")
     style = {"color": _ORANGE, "marker": "^", "markersize": 3, "linewidth": 0.8, "linestyle": "--"}
     slopes.plot(steps, values, label="at the end, next batch", **style)
     slopes.axhline(0, color="0.6", linewidth=0.8)
@@ -243,15 +221,15 @@ def _draw_run(figure_class: Any, log: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> Any:
+def _draw_probe(figure_class: Any, measured: Sequence[dict[str, Any]], step: int) -> Any:
     """The parabola measured at one step, with its three points, its minimum and the step that was taken."""
-    measured = {entry["lqa_probe_step"]: entry for entry in probes(log)}
-    if step not in measured:
-        known = ", ".join(map(str, measured)) or "none"
+    by_step = {entry["lqa_probe_step"]: entry for entry in measured}
+    if step not in by_step:
+        known = ", ".join(map(str, by_step))
         raise ValueError(
             f"--probe {step}: no probe of this step was logged; there are: {known} (--logging_steps 1: all)"
         )
-    entry = measured[step]
+    entry = by_step[step]
     fit, radius = entry["fit"], entry.get("lqa_probe_radius")
     points = [entry.get(f"lqa_loss_{at}", math.nan) for at in ("minus", "center", "plus")]
     if fit.verdict is Verdict.NOT_REPLAYABLE:
@@ -262,7 +240,8 @@ def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> 
     center = points[1]
     figure = figure_class(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    marks = {"its minimum": fit.step_size, "step taken": applied}
+    minimum = "its minimum" if fit.verdict is not Verdict.CLAMPED else "bound, short of its minimum"
+    marks = {minimum: fit.step_size, "step taken": applied}
     # What lies very far out, along a direction that is nearly straight, would hide the points.
     near = {name: x for name, x in marks.items() if x is not None and x < 20 * radius}
     ends = [-1.5 * radius, 1.5 * radius, *(1.3 * x for x in near.values())]
@@ -274,7 +253,7 @@ def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> 
     axes.plot(xs, [parabola(x) for x in xs], color=_BLUE, linestyle="--", label="parabola")
     axes.plot([-radius, 0, radius], points, color=_DARK, linestyle="none", marker="o", label="losses measured")
     styles = {
-        "its minimum": {"color": _ORANGE, "linestyle": "none", "marker": "*", "markersize": 13},
+        minimum: {"color": _ORANGE, "linestyle": "none", "marker": "*", "markersize": 13},
         "step taken": {"color": "0.4", "linestyle": "none", "marker": "|", "markersize": 13, "markeredgewidth": 2},
     }
     for name, x in marks.items():
@@ -292,14 +271,19 @@ def _draw_probe(figure_class: Any, log: Sequence[dict[str, Any]], step: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hf_lqa.plot", description=__doc__)
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the --output_dir of a run")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER_DIR", help="runs to draw beside it")
+    parser.add_argument("output_dir", nargs="?", metavar="OUTPUT_DIR", help="the --output_dir of a run")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="runs to draw over the same steps")
+    parser.add_argument("--details", action="store_true", help="draw everything that was measured as well")
     parser.add_argument("--probe", type=int, metavar="STEP", help="draw the parabola measured at this step")
     parser.add_argument("--output", metavar="FILE", help="where to; a file in OUTPUT_DIR by default")
     parser.add_argument("--show", action="store_true", help="open a window, too")
     args = parser.parse_args()
+    runs = [args.output_dir] * (args.output_dir is not None) + args.compare
+    if not runs:
+        parser.error("no OUTPUT_DIR given")
+    chosen = {"details": args.details, "probe": args.probe, "output": args.output, "show": args.show}
     try:
-        print(plot(args.output_dir, args.compare, probe=args.probe, output=args.output, show=args.show))
+        print(plot(runs[0], runs[1:], **chosen))
     except (ValueError, ImportError) as error:
         sys.exit(f"python -m hf_lqa.plot: error: {error}")
 

@@ -174,10 +174,6 @@ class PaperPolicy:
         elif fit.verdict is Verdict.NON_FINITE:
             self.radius_scale = 1.0
 
-    def cadence(self) -> str:
-        """When it probes, in words."""
-        return f"a probe every {self.probe_interval} steps" if self.probe_interval > 1 else "a probe at every step"
-
     def state_dict(self) -> dict[str, Any]:
         """What changes in training, as numbers and lists of numbers, in a form that JSON can hold."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.init}

@@ -15,8 +15,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .announcement import Announcement, measurements
 from .base import described, largest_rate, refuse_base, to_multipliers
+from .logs import Announcement, LogLines
 from .optimizer import LQA
 from .options import for_base, parse_options, plain
 from .probe import TrainerProbe, defined_as, definer, recorded, shadowed
@@ -63,6 +63,7 @@ class LQATrainerMixin(_Trainer):
         self._lqa_probe: TrainerProbe | None = None
         self._lqa_recorded = 0
         self._lqa_entered: set[str] = set()
+        self._lqa_lines = LogLines()
         self._lqa_options = parse_options(self.args)
         if self._lqa_options is None and self.lqa is None:
             return
@@ -108,6 +109,12 @@ class LQATrainerMixin(_Trainer):
             yield
         finally:
             self._lqa_entered.discard(name)
+
+    def _lqa_forget(self) -> None:
+        """Let go of what an interrupted step recorded: auto_find_batch_size begins anew after one."""
+        self._lqa_probe = None
+        if (lqa := self.lqa) is not None:
+            lqa.arm(self._lqa_not_recorded if lqa.policy.step_size is None else None)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; called again for every trial of a hyperparameter search."""
@@ -272,8 +279,8 @@ class LQATrainerMixin(_Trainer):
             self.args = own_args
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if (lqa := self.lqa) is not None and "loss" in logs:
-            logs.update(measurements(lqa))
+        if (lqa := self.lqa) is not None:
+            self._lqa_lines.extend(logs, lqa)
         super().log(logs, *args, **kwargs)
 
 

@@ -40,7 +40,7 @@ ELSEWHERE = {
         "tests/test_runner.py",
         '("torchrun", "module")',
     ),
-    'pip install -e ".[examples]"': ("pyproject.toml", 'test = ["hf-lqa[examples]"'),
+    'pip install -e ".[examples]"': ("pyproject.toml", 'test = [\n    "hf-lqa[examples]"'),
     "python -m pytest tests/test_setups.py -k NAME": (".ci/run", "readme test-command"),
     "python -m pytest tests/test_gpu.py": (".ci/run", "readme test-command"),
     "HF_SCRIPTS=path/to/transformers/examples/pytorch pytest tests/test_hf_scripts.py": (
@@ -64,9 +64,11 @@ FLAGS = {
     "pytorch_loop.py": "--steps 60",
     "accelerate_loop.py": "",
     "lightning_loop.py": "--steps 60",
+    "minimal.py": "",
 }
 #: What comes out, as the table in examples/README.md says: a number of this name.
 METRIC = {
+    "minimal.py": "accuracy",
     "quickstart.py": "accuracy",
     "text_classification.py": "accuracy",
     "configs/text_regression.yaml": "mse",
@@ -164,8 +166,11 @@ def check(command, printed, folder):
         assert printed.count("LQA: ") == 2, printed  # of two processes one speaks
         output_dir = re.search(r"--output_dir (\S+)", command)
         if "examples/" in command:
-            picture = folder / re.search(r"^plot: (.*)$", printed, re.MULTILINE)[1]
+            said = dict(re.findall(r"^(plot|model|adapter|next): (.*)$", printed, re.MULTILINE))
+            picture, saved = folder / said["plot"], said.get("model") or said["adapter"]
             assert picture.read_bytes()[:4] == b"\x89PNG" and workspace.probed(picture.parent)
+            assert [*(folder / saved).glob("*model.safetensors")], printed
+            assert said["next"].startswith(f"python -m hf_lqa.plot {saved} --"), printed
         else:
             assert workspace.probed(folder / output_dir[1])
     if "lora" in command:

@@ -155,6 +155,6 @@ def test_command(command, place):
     assert workspace.probed(output_dir)
     assert workspace.state(output_dir)["global_step"] == 2
     # Of two processes one speaks.
-    assert printed.count("LQA: AdamW direction") == printed.count("LQA: learning rates") == 1
+    assert printed.count("LQA: no --learning_rate") == printed.count("LQA: learning rates") == 1
     assert (output_dir / "eval_results.json").is_file()
     assert "optimizer: Use lqa around" in (output_dir / "README.md").read_text()

@@ -10,7 +10,7 @@ import hf_lqa
 from hf_lqa import LQA
 from hf_lqa.options import parse_options
 
-KEYS = ["lqa_step_size", "lqa_slope", "lqa_curvature", "lqa_probe_radius", "lqa_rejected", "lqa_probe_forwards"]
+KEYS = ["lqa_base_step_size", "lqa_slope", "lqa_curvature", "lqa_probe_radius", "lqa_loss_minus", "lqa_probe_forwards"]
 
 
 def steps_probed(trainer, interval):
@@ -29,11 +29,10 @@ def test_it_trains_and_logs_what_it_chose(tmp_path):
     trainer = trained(tmp_path, max_steps=60, save_strategy="steps", save_steps=60)
     losses, rates = logged(trainer, "loss"), logged(trainer, "learning_rate")
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    assert rates == logged(trainer, "lqa_step_size")
-    assert len(set(rates)) > 10
+    assert rates[-1] == trainer.lqa.step_size and len(set(rates)) > 10
     assert 0 in steps_probed(trainer, 100)
     state = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())
-    assert all(key in state["log_history"][-1] for key in KEYS)
+    assert all(key in state["log_history"][0] for key in KEYS)
     assert all(math.isfinite(v) for entry in state["log_history"] for v in entry.values())
 
 
@@ -232,9 +231,8 @@ def test_a_training_step_that_cannot_be_replayed_is_an_error(tmp_path):
 def test_it_says_what_it_does(tmp_path, capsys):
     trained(tmp_path, learning_rate=3e-4)
     out = capsys.readouterr().out
-    assert "LQA: AdamW direction, policy cross_batch" in out
-    assert "--learning_rate (0.0003) is not used" in out
-    assert "probe forwards" in out
+    assert "LQA: no --learning_rate is needed: AdamW's is measured" in out
+    assert "LQA: learning rates from " in out
 
 
 @pytest.mark.parametrize(
