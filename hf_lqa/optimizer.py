@@ -16,7 +16,7 @@ from torch import Tensor
 from .cross_batch import POLICIES
 from .direction import Direction, rescaled, with_gradient
 from .policy import PaperPolicy
-from .quadratic import Fit, Verdict, fit_losses
+from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .slopes import Snapshot, full, is_sharded, mean_over_ranks, observed
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
@@ -32,6 +32,7 @@ class ProbeRecord:
         radius: the probe radius in units of the direction.
         loss_minus, loss_center, loss_plus: losses at ``-radius``, 0 and ``radius`` along the direction.
         fit: the parabola through them.
+        by_loss: whether the radius is what the loss's value says; else a first probe had to look for another.
     """
 
     step: int
@@ -40,6 +41,7 @@ class ProbeRecord:
     loss_center: float
     loss_plus: float
     fit: Fit
+    by_loss: bool = True
 
 
 @dataclass
@@ -97,7 +99,8 @@ class LQA(torch.optim.Optimizer):
         last_probe: its `ProbeRecord`.
         last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the direction; the last
             that was measured, `None` before any.
-        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict.
+        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, first probes that ``searched`` a radius
+            because the loss's value said none, and of each verdict.
 
     Raises:
         ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `policy` is unknown, or an
@@ -125,7 +128,7 @@ class LQA(torch.optim.Optimizer):
         self.last_probe: ProbeRecord | None = None
         self.last_end_slope: float | None = None
         self.counts: dict[str, int] = dict.fromkeys(
-            ["steps", "skipped", "probe_forwards", *(v.value for v in Verdict)], 0
+            ["steps", "skipped", "probe_forwards", "searched", *(v.value for v in Verdict)], 0
         )
         #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
@@ -280,7 +283,8 @@ class LQA(torch.optim.Optimizer):
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
-            self.policy.observe_probe(probe.fit, probe.radius)
+            self.counts["searched"] += not probe.by_loss
+            self.policy.observe_probe(probe.fit, probe.radius, probe.by_loss)
         self._advance(multiplier, clip)
         if not self.wants_probe:
             self._origin = [], []
@@ -294,9 +298,14 @@ class LQA(torch.optim.Optimizer):
         direction = Direction(self.base, kept if _same(params, with_gradient(self.base)) else None)
         self._origin = direction.params, direction.origin
         known: Tensor | None = getattr(closure, "loss", None)
-        center, slope = self._read(closure() if known is None else known, direction.slope() / clip)
+        first = self.policy.step_size is None
+        center, slope, square = self._read(
+            closure() if known is None else known, direction.slope() / clip, direction.square() if first else 0.0
+        )
         forwards = 0 if known is not None else 1
-        radius = self.policy.radius(center, slope)
+        said = radius = self.policy.radius(center, slope)
+        if first:
+            radius = self.policy.initial_radius(center, slope, math.sqrt(square))
         minus = plus = math.nan
         if radius is None:
             verdict = Verdict.NON_DESCENT if math.isfinite(center) and math.isfinite(slope) else Verdict.NON_FINITE
@@ -304,24 +313,26 @@ class LQA(torch.optim.Optimizer):
                 self.counts["steps"], math.nan, minus, center, plus, Fit(slope, math.nan, None, verdict)
             )
         else:
-            try:
-                direction.move_to(-radius)
-                behind = closure()
-                direction.move_to(radius)
-                ahead = closure()
-            finally:
-                direction.restore()
-            minus, plus = self._read(behind, ahead)
-            forwards += 2
-            fit = fit_losses(
-                minus,
-                center,
-                plus,
-                radius,
-                noise=self._relative_noise(closure) * abs(center),
-                max_step=self.policy.max_step(center, slope),
-            )
-            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
+            noise = self._relative_noise(closure) * abs(center)
+            nearer, tries = radius, self.policy.MAX_TRIES if self.policy.searches else 1
+            while tries and nearer > 0:
+                radius, tries = nearer, tries - 1
+                try:
+                    direction.move_to(-radius)
+                    behind = closure()
+                    direction.move_to(radius)
+                    ahead = closure()
+                finally:
+                    direction.restore()
+                minus, plus = self._read(behind, ahead)
+                forwards += 2
+                if not is_beyond(minus, center, plus, abs(slope) * radius, noise):
+                    break
+                nearer = radius * self.policy.tau
+            by_loss = radius == said
+            max_step = self.policy.max_step(center, slope) if by_loss else 2 * radius / self.policy.tau
+            fit = fit_losses(minus, center, plus, radius, noise=noise, max_step=max_step)
+            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit, by_loss)
         self.counts["probe_forwards"] += forwards
         return probe, slope
 
