@@ -43,7 +43,8 @@ class FirstStepsPolicy(PaperPolicy):
     back at once: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for
     that to be over: until then a slope persists at any level.
 
-    Of ``n`` elements the 12 steps leave the level at ``0.25 / sqrt(n)`` or more, unless one overshot: a step along
+    Of ``n`` elements the 12 steps leave the level at ``0.25 / sqrt(n)`` or more, unless one overshot (not along plain
+    gradients, whose elements are of any size): a step along
     AdamW's first direction, whose elements are 1, is then 0.25 long. The share of its batch's loss that a step changes
     counts the noise of all elements, so the more there are the shorter is a step that changes as much, as ``1 / n``;
     the best rates of sweeps fall as ``1 / sqrt(n)``.

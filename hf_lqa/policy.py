@@ -44,7 +44,7 @@ class PaperPolicy:
 
     name: ClassVar[str] = "paper"
     _MAX_RADIUS_SCALE: ClassVar[float] = 16.0
-    #: Length of a step, the norm of what it does to all weights together, where the loss gives none. Along AdamW's first
+    #: Length of a step, the norm of what it does to all weights, where the loss gives none. Along AdamW's first
     #: direction, whose elements are 1, it is a rate of ``0.25 / sqrt(n)``: the best ones of fine-tuning are 0.3 to 7
     #: times as large.
     _LENGTH: ClassVar[float] = 0.25

@@ -135,8 +135,8 @@ def is_beyond(loss_minus: float, loss_center: float, loss_plus: float, fall: flo
         ahead > 2 noise  and  behind > -ahead / 2,       the loss rises ahead, and not along a straight line, or
         abs(ahead + behind) / 2 > 4 fall + 2 noise,      the line bends far more than it falls.
 
-    A nearly straight line that rises ahead is that of a value which is not what was differentiated: nearer would say the
-    same.
+    A nearly straight line that rises ahead is that of a value which is not what was differentiated: nearer would say
+    the same.
 
     Args:
         loss_minus, loss_center, loss_plus: as in `fit_losses`; `loss_center` is finite.
