@@ -280,3 +280,48 @@ def test_radii_follow_the_step_size_where_the_loss_is_no_scale(name):
     again = POLICIES[name]()
     again.load_state_dict(policy.state_dict())
     assert again.radius(0.0, -1.0) == policy.radius(0.0, -1.0)
+
+
+WORDS = [f"w{i}" for i in range(29)]
+
+
+def trl_tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+@pytest.mark.parametrize("name", ["RLOO", "GRPO"])
+def test_trls_policy_gradients_learn(name, tmp_path):
+    trl = pytest.importorskip("trl")
+    from common import tiny_llama
+    from datasets import Dataset
+
+    from hf_lqa import LQATrainerMixin
+
+    mine = type("Mine", (LQATrainerMixin, getattr(trl, f"{name}Trainer")), {})
+
+    def reward(completions, **kwargs):
+        return [sum(word == "w5" for word in text.split()) / 8 for text in completions]
+
+    options = {"num_generations": 8, "per_device_train_batch_size": 32, "max_completion_length": 8, "beta": 0.0}
+    args = getattr(trl, f"{name}Config")(
+        str(tmp_path), optim="lqa", max_steps=60, logging_steps=1, bf16=False, gradient_checkpointing=False,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **options
+    )  # fmt: skip
+    trainer = mine(
+        model=tiny_llama(vocab_size=32, hidden_size=64, intermediate_size=128, max_position_embeddings=64),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": f"w{i % 29} w{7 * i % 29}"} for i in range(256)]),
+        processing_class=trl_tokenizer(),
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert sum(rewards[-5:]) / 5 > 0.3 > 6 * sum(rewards[:5]) / 5
