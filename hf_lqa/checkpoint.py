@@ -29,6 +29,7 @@ class ProbeRecord:
         radius: the probe radius in units of the direction.
         loss_minus, loss_center, loss_plus: losses at ``-radius``, 0 and ``radius`` along the direction.
         fit: the parabola through them.
+        by_loss: whether the radius is what the loss's value says; else a first probe had to look for another.
     """
 
     step: int
@@ -37,6 +38,7 @@ class ProbeRecord:
     loss_center: float
     loss_plus: float
     fit: Fit
+    by_loss: bool = True
 
     def to_plain(self) -> dict[str, Any]:
         plain = asdict(self)

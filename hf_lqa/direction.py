@@ -232,6 +232,11 @@ class Direction:
         """``<gradient, direction>``: the derivative of the loss along the direction, at the origin. See `dot`."""
         return self.unit * dot([p.grad.detach() for p in self.params if p.grad is not None], self.tensors)
 
+    @torch.no_grad()
+    def square(self) -> Tensor:
+        """``<direction, direction>``: the square of how far a unit step moves all weights. See `dot`."""
+        return self.unit**2 * dot(self.tensors, self.tensors)
+
 
 def _is_gradient_descent(base: torch.optim.Optimizer) -> bool:
     """Whether the update of `base` is its gradients times one negative number: no rehearsal, no copy."""

@@ -43,7 +43,8 @@ class FirstStepsPolicy(PaperPolicy):
     back at once: there, as where a fresh head is learned, the slope is about to change. The other first steps wait for
     that to be over: until then a slope persists at any level.
 
-    Of ``n`` elements the 12 steps leave the level at ``0.25 / sqrt(n)`` or more, unless one overshot: a step along
+    Of ``n`` elements the 12 steps leave the level at ``0.25 / sqrt(n)`` or more, unless one overshot (not along plain
+    gradients, whose elements are of any size): a step along
     AdamW's first direction, whose elements are 1, is then 0.25 long. The share of its batch's loss that a step changes
     counts the noise of all elements, so the more there are the shorter is a step that changes as much, as ``1 / n``;
     the best rates of sweeps fall as ``1 / sqrt(n)``.
@@ -78,8 +79,6 @@ class FirstStepsPolicy(PaperPolicy):
     #: Above it: the share of what is no noise to be left, and the largest move in a step, its logarithm.
     _LEFT: ClassVar[float] = 0.65
     _PACE: ClassVar[float] = 0.5
-    #: The least level in which they end, times the root of the number of elements.
-    _LEAST_LENGTH: ClassVar[float] = 0.25
     #: First rates: power of the sizes' ratio, and the largest.
     _SIZE_POWER: ClassVar[float] = 1 / 3
     _MAX_FIRST_RATE: ClassVar[float] = 8.0
@@ -114,6 +113,8 @@ class FirstStepsPolicy(PaperPolicy):
     #: The lowest averaged ratio, and the lowest mean of it and of that which forgets faster.
     lowest: float = field(default=0.0, init=False)
     lowest_mean: float = field(default=0.0, init=False)
+    #: Whether the direction's elements are alike in size, as `begin` says.
+    elements_alike: bool = field(default=False, init=False)
     #: Whether one of the first steps overshot.
     overshot: bool = field(default=False, init=False)
     #: Relative rate of each parameter until then; nothing where it is 1 for all.
@@ -138,6 +139,7 @@ class FirstStepsPolicy(PaperPolicy):
         self._first_steps = min(max(share, self._SETTLING_STEPS), self._MAX_FIRST_STEPS)
 
     def begin(self, shapes: Sequence[Sequence[int]]) -> None:
+        self.elements_alike = True
         sizes = [math.prod(shape) if len(shape) == 2 else 0 for shape in shapes]
         weights = weights_of(sizes)
         total = sum(weights)
@@ -159,7 +161,10 @@ class FirstStepsPolicy(PaperPolicy):
 
     def wants_probe(self, step: int) -> bool:
         # One that opened downwards, or a step that overshot, has the last word.
-        return super().wants_probe(step) or (step in self._FIRST_PROBES and self.convex is not False)
+        if super().wants_probe(step) or (step in self._FIRST_PROBES and self.convex is not False):
+            return True
+        # A gradient may grow by orders of magnitude in a step; each of the first is looked at.
+        return self.follows_step and not self.elements_alike and step < self._SETTLING_STEPS
 
     def wants_end_slope(self, step: int) -> bool:
         return step < self._first_steps
@@ -171,13 +176,27 @@ class FirstStepsPolicy(PaperPolicy):
         length = max(self.warmup, self._first_steps) if self.overshot else self.warmup
         return min(1.0, (step + 1) / length) if length else 1.0
 
-    def observe_probe(self, fit: Fit, radius: float) -> None:
+    @property
+    def searches(self) -> bool:
+        return super().searches and self.first_observations < self._SETTLING_STEPS
+
+    def _radius_of(self, step_size: float) -> float:
+        return step_size / self._SETTLED
+
+    def observe_probe(self, fit: Fit, radius: float, by_loss: bool = True) -> None:
         self._adapt_radius(fit)
         if self.step_size is None and math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
+            if not by_loss:
+                self.follows_step = True
+                radius = min(radius, self.tau * (fit.step_size or math.inf))
             self.first_radius = radius
             self._set_level(self._SETTLED * radius)
             if self.step_size is None:
                 self.step_size = radius
+        elif not by_loss and self.step_size is not None:
+            shorter = self._SETTLED * min(radius, self.tau * (fit.step_size or math.inf)) / self.step_size
+            self.growth *= shorter
+            self._set_level(self.step_size * shorter)
         elif self.step_size is not None and self.first_observations < self._SETTLING_STEPS:
             if fit.verdict in (Verdict.NON_CONVEX, Verdict.NON_DESCENT):
                 self._take_back()
@@ -244,8 +263,8 @@ class FirstStepsPolicy(PaperPolicy):
         elif settling and self.convex and self.lowest_mean < 0:
             move = self._convex_move(quick / self.lowest_mean)
             self.convex_growth, level = self.convex_growth + move, level * math.exp(move)
-        if count == self._SETTLING_STEPS and not self.overshot:
-            level = max(level, self._LEAST_LENGTH / math.sqrt(sum(sizes)))
+        if count == self._SETTLING_STEPS and self.elements_alike and not self.overshot:
+            level = max(level, self._LENGTH / math.sqrt(sum(sizes)))
         self._set_level(level)
 
     def _convex_move(self, left: float) -> float:

@@ -20,7 +20,7 @@ from .direction import Direction
 from .gradients import CONTRADICTION, GradientWatch, total
 from .groups import Division, largest_lr, rescaled, same, with_gradient
 from .policy import PaperPolicy
-from .quadratic import Fit, Verdict, fit_losses
+from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .slopes import Snapshot, flat, mean_over_ranks, observed, spread
 
 #: The first probe at most, where it contradicts the gradients that its radius is of.
@@ -65,8 +65,8 @@ class LQA(torch.optim.Optimizer):
         last_probe: its `ProbeRecord`.
         last_end_slope: slope at the end of a step, on the batch after it, in loss per unit of the direction; the last
             that was measured, `None` before any.
-        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, and of each verdict; and what
-            `hf_lqa.verification` has found out.
+        counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, first probes that ``searched`` a radius
+            because the loss's value said none, and of each verdict; and what `hf_lqa.verification` has found out.
 
     Raises:
         ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `policy` is unknown, or an
@@ -108,7 +108,7 @@ class LQA(torch.optim.Optimizer):
         self.last_probe: ProbeRecord | None = None
         self.last_end_slope: float | None = None
         self.counts: dict[str, int] = dict.fromkeys(
-            ["steps", "skipped", "probe_forwards", *verification.COUNTS, *(v.value for v in Verdict)], 0
+            ["steps", "skipped", "probe_forwards", "searched", *verification.COUNTS, *(v.value for v in Verdict)], 0
         )
         #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
@@ -303,7 +303,8 @@ class LQA(torch.optim.Optimizer):
         if probe is not None:
             self.last_probe = probe
             self.counts[probe.fit.verdict.value] += 1
-            self.policy.observe_probe(probe.fit, probe.radius)
+            self.counts["searched"] += not probe.by_loss
+            self.policy.observe_probe(probe.fit, probe.radius, probe.by_loss)
         self._advance(multiplier, clip, change)
         if not self.wants_probe:
             self._origin = [], []
@@ -340,9 +341,17 @@ class LQA(torch.optim.Optimizer):
         known: Tensor | None = getattr(closure, "loss", None)
         loss = closure() if known is None else known
         hindrances = verification.hindrances(closure, self.counts)
-        center, slope, *hindered = self._read(loss, self._watch.slope(direction, before) / clip, *hindrances)
+        first = self.policy.step_size is None
+        center, slope, square, *hindered = self._read(
+            loss,
+            self._watch.slope(direction, before) / clip,
+            direction.square() if first else 0.0,
+            *hindrances,
+        )
         forwards = 0 if known is not None else 1
-        radius = self.policy.radius(center, slope)
+        said = radius = self.policy.radius(center, slope)
+        if first:
+            radius = self.policy.initial_radius(center, slope, math.sqrt(square))
         minus = plus = math.nan
         noise = self._relative_noise(closure)
         if radius is None:
@@ -354,24 +363,26 @@ class LQA(torch.optim.Optimizer):
             fit = Fit(slope, math.nan, None, Verdict.NOT_REPLAYABLE)
             probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         else:
-            try:
-                direction.move_to(-radius)
-                behind = closure()
-                direction.move_to(radius)
-                ahead = closure()
-            finally:
-                direction.restore()
-            minus, plus = self._read(behind, ahead)
-            forwards += 2
-            fit = fit_losses(
-                minus,
-                center,
-                plus,
-                radius,
-                noise=noise * abs(center),
-                max_step=self.policy.max_step(center, slope),
-            )
-            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
+            noise *= abs(center)
+            nearer, tries = radius, self.policy.MAX_TRIES if self.policy.searches else 1
+            while tries and nearer > 0:
+                radius, tries = nearer, tries - 1
+                try:
+                    direction.move_to(-radius)
+                    behind = closure()
+                    direction.move_to(radius)
+                    ahead = closure()
+                finally:
+                    direction.restore()
+                minus, plus = self._read(behind, ahead)
+                forwards += 2
+                if not is_beyond(minus, center, plus, abs(slope) * radius, noise):
+                    break
+                nearer = radius * self.policy.tau
+            by_loss = radius == said
+            max_step = self.policy.max_step(center, slope) if by_loss else 2 * radius / self.policy.tau
+            fit = fit_losses(minus, center, plus, radius, noise=noise, max_step=max_step)
+            probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit, by_loss)
         self.counts["probe_forwards"] += forwards
         return probe, slope
 

@@ -125,6 +125,33 @@ def fit_losses(
     return fit
 
 
+#: A line that bends by more than so many times what it falls at first is not followed that far.
+_BENT = 4.0
+
+
+def is_beyond(loss_minus: float, loss_center: float, loss_plus: float, fall: float, noise: float = 0.0) -> bool:
+    """Whether a probe went too far to say anything of its origin.
+
+    With ``ahead = loss_plus - loss_center`` and ``behind = loss_minus - loss_center``, it did if a loss is not finite,
+
+        ahead > 2 noise  and  behind > -ahead / 2,       the loss rises ahead, and not along a straight line, or
+        abs(ahead + behind) / 2 > 4 fall + 2 noise,      the line bends far more than it falls.
+
+    A nearly straight line that rises ahead is that of a value which is not what was differentiated: nearer would say
+    the same.
+
+    Args:
+        loss_minus, loss_center, loss_plus: as in `fit_losses`; `loss_center` is finite.
+        fall: what the loss falls by to first order, ``|slope| radius`` with the gradient's slope, ``>= 0``.
+        noise: as in `fit_losses`.
+    """
+    ahead, behind = loss_plus - loss_center, loss_minus - loss_center
+    if not (math.isfinite(ahead) and math.isfinite(behind)):
+        return True
+    rises = ahead > 2 * noise and behind > -ahead / 2
+    return rises or abs(ahead + behind) / 2 > _BENT * fall + 2 * noise
+
+
 def fit_slopes(slope_start: float, slope_end: float, step_size: float, *, max_step: float = math.inf) -> Fit:
     """Fit the parabola through the slopes at the two ends of a step that was taken.
 

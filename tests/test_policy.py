@@ -106,8 +106,10 @@ def test_slopes_that_come_out_of_their_noise_late_do_not_let_the_level_run_away(
 
 
 def test_the_first_steps_leave_a_level_that_is_not_too_short_for_so_many_weights():
-    def levels(ends, sizes):
+    def levels(ends, sizes, alike=True):
         policy = CrossBatchPolicy()
+        if alike:
+            policy.begin([(size,) for size in sizes])
         policy.observe_probe(PROBED, 1e-6)
         for end in ends:
             policy.observe_end([-1.0, -1.0], [end, end], sizes, 1.0)
@@ -117,6 +119,7 @@ def test_the_first_steps_leave_a_level_that_is_not_too_short_for_so_many_weights
     for sizes, least in (([3_000_000, 1_000_000], 0.25 / 2000), ([100, 0], 0.025)):
         *before, level = levels(12 * [-0.1], sizes)
         assert before == pytest.approx(11 * [first]) and level == pytest.approx(least)
+    assert [*levels(12 * [-0.1], [100, 0], alike=False)] == pytest.approx(12 * [first]), "a gradient has any length"
     assert [*levels(12 * [-0.1], [10**14, 0])] == pytest.approx(12 * [first]), "a bound, and no target"
     assert [*levels([*(11 * [-0.1]), 9.0], [100, 0])][-1] == pytest.approx(first), "a step went too far already"
 
