@@ -19,6 +19,9 @@ from .slopes import Snapshot, is_sharded
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
 GROUP_KEY, SNAPSHOT_KEY, BEGINNING_KEY = "lqa", "lqa_snapshot", "lqa_beginning"
 
+#: Of what LQA keeps in a checkpoint: raised whenever that changes.
+VERSION = 2
+
 
 @dataclass(frozen=True)
 class ProbeRecord:
@@ -86,7 +89,7 @@ def packed(
 ) -> dict[str, Any]:
     """The base optimizer's `state_dict` with LQA's `own` numbers in it, and with the weights of `snapshots` by key."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    groups[0][GROUP_KEY] = json.dumps(own)
+    groups[0][GROUP_KEY] = json.dumps({"version": VERSION, **own})
     state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
     kept = {
         key: dict(zip(snapshot.places, snapshot.values, strict=True)) if snapshot is not None else {}
@@ -102,11 +105,14 @@ def packed(
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def unpacked(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def unpacked(state_dict: dict[str, Any], policy: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The base optimizer's `state_dict`, still with the kept weights in it, and LQA's own numbers.
 
+    Args:
+        policy: the name of the policy that is to go on from there.
+
     Raises:
-        ValueError: it was saved by an optimizer other than LQA.
+        ValueError: it was saved by an optimizer other than LQA, by another version of it, or with another policy.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     own = groups[0].pop(GROUP_KEY, None) if groups else None
@@ -115,7 +121,18 @@ def unpacked(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             f"state_dict['param_groups'][0] has no {GROUP_KEY!r}: it was saved by another optimizer than LQA."
             " Start without the optimizer's checkpoint, or load it into the base optimizer"
         )
-    return {**state_dict, "param_groups": groups}, json.loads(own)
+    found = json.loads(own)
+    if (version := found.get("version", 1)) != VERSION:
+        raise ValueError(
+            f"state_dict['param_groups'][0][{GROUP_KEY!r}] is of version {version}, this hf_lqa reads version"
+            f" {VERSION}: go on with the hf_lqa that saved it, or start without the optimizer's checkpoint"
+        )
+    if found["policy"]["name"] != policy:
+        raise ValueError(
+            f"state_dict was saved with the policy {found['policy']['name']!r}, not {policy!r}: go on with that one, or"
+            " start without the optimizer's checkpoint"
+        )
+    return {**state_dict, "param_groups": groups}, found
 
 
 def take_snapshot(state: dict[Tensor, Any], key: str, params: list[Tensor], places: list[int]) -> Snapshot | None:

@@ -468,7 +468,7 @@ class LQA(torch.optim.Optimizer):
         parameters.
         """
         own = {
-            "policy": self.policy.state_dict(),
+            "policy": {"name": self.policy.name, "state": self.policy.state_dict()},
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "end_slope": self.last_end_slope,
@@ -488,11 +488,11 @@ class LQA(torch.optim.Optimizer):
         """Load what `state_dict` returned.
 
         Raises:
-            ValueError: it was saved by an optimizer other than LQA.
+            ValueError: it was saved by an optimizer other than LQA, by another version of it, or with another policy.
         """
-        base, own = unpacked(state_dict)
+        base, own = unpacked(state_dict, self.policy.name)
         self.base.load_state_dict(base)
-        self.policy.load_state_dict(own["policy"])
+        self.policy.load_state_dict(own["policy"]["state"])
         self.counts.update(own["counts"])
         self.step_size, self.last_end_slope = own["step_size"], own["end_slope"]
         self.last_probe = None if own["probe"] is None else ProbeRecord.from_plain(own["probe"])
@@ -501,8 +501,7 @@ class LQA(torch.optim.Optimizer):
             self.state, SNAPSHOT_KEY, params, self._move.places if self._move.awaits_ends else []
         )
         self._beginning = take_snapshot(self.state, BEGINNING_KEY, params, own["beginning"])
-        # Checkpoints of version 0.1.0 have none of these.
-        self._largest_lr = own.get("largest_lr", 1.0)
-        self._watch.load_state_dict(own.get("gradients", self._watch.state_dict()))
-        self._caller.backpropagates = own.get("backpropagates") or None
+        self._largest_lr = own["largest_lr"]
+        self._watch.load_state_dict(own["gradients"])
+        self._caller.backpropagates = own["backpropagates"] or None
         self._await_gradients()

@@ -304,3 +304,23 @@ def test_a_process_that_is_killed_between_probe_and_step_resumes(tmp_path):
     resumed = trained(tmp_path / "killed", resume_from_checkpoint=str(checkpoint), **settings)
     assert_same_weights(weights(resumed.model), weights(straight.model))
     assert resumed.lqa.counts == straight.lqa.counts
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"version": 1}, "is of version 1, this hf_lqa reads version 2"),
+        ({"version": None}, "is of version None"),
+        ({"policy": {"name": "paper", "state": {}}}, "saved with the policy 'paper', not 'cross_batch'"),
+    ],
+)
+def test_a_state_of_another_version_or_policy_is_refused_before_anything_is_loaded(change, message):
+    weights = torch.nn.Parameter(torch.ones(3))
+    lqa = LQA(torch.optim.AdamW([weights], lr=1.0))
+    (weights**2).sum().backward()
+    lqa.step(lambda: (weights**2).sum().detach())
+    state, before = lqa.state_dict(), lqa.state_dict()
+    state["param_groups"][0]["lqa"] = json.dumps({**json.loads(state["param_groups"][0]["lqa"]), **change})
+    with pytest.raises(ValueError, match=message):
+        lqa.load_state_dict(state)
+    assert lqa.state_dict()["param_groups"] == before["param_groups"]

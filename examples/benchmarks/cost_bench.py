@@ -108,8 +108,8 @@ def make_model(name: str) -> nn.Module:
     if name.partition("_")[0] in SHAPES:
         return shaped(name)
     # Not where only they are needed: a machine for measuring may lack what real weights take.
+    import loaders
     import quickstart
-    import run
 
     cache = quickstart.CACHE
     if name == "minilm":
@@ -120,7 +120,7 @@ def make_model(name: str) -> nn.Module:
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=6, num_attention_heads=4, vocab_size=8192
         )
         return LlamaForCausalLM(config)
-    model = AutoModelForCausalLM.from_pretrained(run.smollm2(cache), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(loaders.smollm2(cache), dtype=torch.float32)
     if name == "smollm2":
         return model
     if name == "smollm2_lora":

@@ -39,7 +39,6 @@ import quickstart
 import results
 import training
 import transformers
-from loaders import smollm2  # noqa: F401  `cost.py` asks for it here
 from stages import STAGES, filled, plan
 
 Planned = tuple[str, str, int, argparse.Namespace]

@@ -81,7 +81,6 @@ def text(task: tasks.Task, options: argparse.Namespace) -> Loaded:
     argv = ["--model_name_or_path", folder, "--output_dir", "unused", *data_arguments(task, options)]
     _, args, _ = text_classification.parse(argv)
     data = text_classification.load_data(args)
-    text_classification.check_columns(data, args)
     classes = text_classification.classes_of(data, args)
     limit = options.max_eval_samples
     if limit and limit < len(data["validation"]):
