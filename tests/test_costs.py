@@ -52,7 +52,8 @@ class Read:
 
     def tolist(self):
         self.reads += 1
-        return [0.5, *(-2.0 - i % 7 for i in range(1, self.count))]
+        # The third is the square of a norm at a first probe.
+        return [0.5, *(4.0 if i == 2 else -2.0 - i % 7 for i in range(1, self.count))]
 
 
 @pytest.fixture
