@@ -52,6 +52,8 @@ class Read:
 
     def tolist(self):
         self.reads += 1
+        if self.count == 2:  # the losses behind and ahead, on the line through the first two of the others
+            return [0.515, 0.485]
         # The third is the square of a norm at a first probe.
         return [0.5, *(4.0 if i == 2 else -2.0 - i % 7 for i in range(1, self.count))]
 
