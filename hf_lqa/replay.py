@@ -94,7 +94,8 @@ class ReplayedLoss:
 
     A replay starts from the state that the recorded forward started from, and ends with the state that it found:
     random numbers, buffers, weights that get no gradient, and what models, `compute` and its arguments keep in
-    attributes, containers and variables. See "State that a forward keeps" in SETUPS.md for what that is, and is not.
+    attributes, containers and variables. What that is, and is not: "State that a forward keeps" in
+    docs/compatibility.md.
 
     With gradient accumulation, `record` once per micro-batch; the closure is ``weight`` times their sum, and `weight`
     must be such that this is what was back-propagated (``1 / n`` under ``accelerator.accumulate``, which divides in

@@ -7,8 +7,8 @@ import sys
 import torch
 from torch import nn
 
-#: Rounding error of one loss, relative to its value, in units of the machine epsilon. Measured, see METHOD.md: products
-#: of half precision are summed in float32, and those of float32 in itself.
+#: Rounding error of one loss, relative to its value, in units of the machine epsilon: products of half precision are
+#: summed in float32, and those of float32 in itself. Measured, see docs/compatibility.md.
 _FULL, _HALF = 2.0, 0.25
 #: The same where the moved weights themselves are of half precision: most of a small move is rounded away.
 _HALF_WEIGHTS = 0.5

@@ -17,7 +17,7 @@ import hf_lqa.plot
 ROOT = Path(__file__).parent.parent
 MARKDOWN = [p for p in sorted(ROOT.rglob("*.md")) if not any(d[0] == "." for d in p.relative_to(ROOT).parts[:-1])]
 #: With arguments: ``python -m hf_lqa`` alone is a name.
-COMMAND = re.compile(r"(\w+=\S+ )?(python3?|accelerate launch|torchrun|pip|pytest|ruff|mypy|git|hf) (?!-m \S+$)\S")
+COMMAND = re.compile(r"(\w+=\S+ )?(python3?|accelerate launch|torchrun|pip|pytest|ruff|mypy|git|hf) (?!-m( \S+)?$)\S")
 
 #: Commands that are run elsewhere: by which file, and the words there that run it.
 ELSEWHERE = {

@@ -1,4 +1,4 @@
-"""SETUPS.md: every test it names exists, and every row names one."""
+"""The compatibility page: every test it names exists, and every row names one."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ NAMED = re.compile(r"`(test_\w+\.py)::([^`]+)`")
 
 
 def test_every_row_names_tests_that_exist():
-    page = (TESTS.parent / "hf_lqa" / "SETUPS.md").read_text()
+    page = (TESTS.parent / "hf_lqa" / "docs" / "compatibility.md").read_text()
     lines = page.splitlines()
     pairs = zip(lines, [*lines[1:], ""], strict=True)
     rows = [line for line, following in pairs if line.startswith("| ") and not following.startswith("|---")]
