@@ -26,6 +26,7 @@ def counts(lqa: LQA) -> dict[str, float]:
     return {
         "lqa_probe_forwards": lqa.counts["probe_forwards"],
         "lqa_rejected": lqa.rejected,
+        "lqa_searched": lqa.counts["searched"],
         "lqa_skipped": lqa.counts["skipped"],
     }
 

@@ -13,6 +13,9 @@ import pytest
 import workspace
 
 import hf_lqa.plot
+from hf_lqa.cross_batch import CrossBatchPolicy
+from hf_lqa.first_steps import FirstStepsPolicy
+from hf_lqa.policy import PaperPolicy
 
 ROOT = Path(__file__).parent.parent
 MARKDOWN = [p for p in sorted(ROOT.rglob("*.md")) if not any(d[0] == "." for d in p.relative_to(ROOT).parts[:-1])]
@@ -229,3 +232,25 @@ def test_links_and_files(path):
         assert (ROOT / named).exists(), named
     for key in re.findall(r"`(hf_lqa\.\w+)`", text):
         assert hasattr(hf_lqa, key.removeprefix("hf_lqa.")), key
+
+
+def test_the_readme_and_the_pages_keep_their_length():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
+    for page, most in (("method", 150), ("design", 80)):
+        assert len((ROOT / "hf_lqa" / "docs" / f"{page}.md").read_text(encoding="utf-8").splitlines()) <= most, page
+
+
+@pytest.mark.parametrize("rule", [PaperPolicy, FirstStepsPolicy, CrossBatchPolicy])
+def test_the_method_page_has_every_constant_of_the_code(rule):
+    page = (ROOT / "hf_lqa" / "docs" / "method.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if f".{rule.__name__}` | " in line]
+    documented = dict(pair.split(" = ") for pair in re.findall(r"`(\w+ = [^`]+)`", row))
+    own = {name: value for name, value in vars(rule).items() if name.strip("_").isupper()}
+    assert documented == {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in own.items()}
+
+
+def test_the_design_page_names_every_module():
+    page = (ROOT / "hf_lqa" / "docs" / "design.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "hf_lqa").glob("*.py")} - {"__init__"}
+    assert modules == set(re.findall(r"`(\w+)`", page)) & modules

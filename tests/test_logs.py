@@ -19,7 +19,7 @@ from hf_lqa import LQA, Fit, LQATrainer, ProbeRecord, Verdict
 from hf_lqa.logs import counts, probe_measurements, probes
 
 MEASURED = ["slope", "curvature", "probe_radius", "probe_step", "loss_minus", "loss_center", "loss_plus"]
-COUNTS = ["lqa_probe_forwards", "lqa_rejected", "lqa_skipped"]
+COUNTS = ["lqa_probe_forwards", "lqa_rejected", "lqa_searched", "lqa_skipped"]
 
 
 def recorded(tmp_path, **changes):
@@ -136,9 +136,10 @@ def test_tensorboard_has_the_rate_that_was_applied_and_what_it_came_from(tmp_pat
     names = {key for line in lines(trainer) for key in own(line)} | {"learning_rate"}
     verdicts = {name for name in names if name.startswith("lqa_verdict_")}
     measured = {f"lqa_{name}" for name in [*MEASURED, "fit_step_size", "base_step_size", "end_slope"]}
-    measured |= {"lqa_multiplier_min", "lqa_multiplier_max", "lqa_probe_forwards", "lqa_rejected", "lqa_skipped"}
-    assert measured | verdicts | {"learning_rate"} == names | {"lqa_skipped"} and verdicts
-    for name in {*names, "lqa_skipped"}:
+    never = {"lqa_searched", "lqa_skipped"}  # but at the end
+    measured |= {"lqa_multiplier_min", "lqa_multiplier_max", "lqa_probe_forwards", "lqa_rejected", *never}
+    assert measured | verdicts | {"learning_rate"} == names | never and verdicts
+    for name in {*names, *never}:
         scalars = events.Scalars(f"train/{name}")
         assert scalars and [s.value for s in scalars] == pytest.approx(logged(trainer, name)), name
     assert [s.step for s in events.Scalars("train/learning_rate")] == list(range(1, 41))
@@ -249,19 +250,17 @@ def test_hyperparameter_search(tmp_path):
     assert set(clipped) <= {1, 2}
 
 
-def test_a_trial_of_a_search_still_sees_its_gradients_clipped(tmp_path):
+def test_a_trial_of_a_search_still_sees_its_gradients_clipped(tmp_path, monkeypatch):
     trainer = LQATrainer(tiny_bert(), arguments(tmp_path, max_grad_norm=1e-3), train_dataset=rows())
     trainer.create_accelerator_and_postprocess()
     seen = []
-    observe = type(trainer).create_optimizer
+    observe = LQA.observe_clipping
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = observe(self, *args, **kwargs)
-        original = optimizer.observe_clipping
-        optimizer.observe_clipping = lambda norm, limit: (seen.append((float(norm), limit)), original(norm, limit))
-        return optimizer
+    def observe_clipping(self, norm, limit):
+        seen.append((float(norm), limit))
+        observe(self, norm, limit)
 
-    trainer.create_optimizer = create_optimizer.__get__(trainer)
+    monkeypatch.setattr(LQA, "observe_clipping", observe_clipping)
     trainer.train()
     assert len(seen) == 12 and all(norm > limit == 1e-3 for norm, limit in seen)
 

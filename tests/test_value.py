@@ -325,3 +325,33 @@ def test_trls_policy_gradients_learn(name, tmp_path):
     trainer.train()
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-5:]) / 5 > 0.3 > 6 * sum(rewards[:5]) / 5
+
+
+def test_trls_dft_loss_learns(tmp_path):
+    """Its value is not what is differentiated: the probability that weights a token's loss is detached."""
+    trl = pytest.importorskip("trl")
+    from common import tiny_llama
+    from datasets import Dataset
+
+    from hf_lqa import LQATrainerMixin
+
+    mine = type("Mine", (LQATrainerMixin, trl.SFTTrainer), {})
+    texts = [" ".join(f"w{(3 * i + j) % 29}" for j in range(8)) for i in range(256)]
+    kept = {"loss_type": "dft", "per_device_train_batch_size": 16, "max_steps": 60, "logging_steps": 1, "seed": 0}
+
+    def likelihood(optim, trainer_class, **options):
+        torch.manual_seed(0)
+        model = tiny_llama(vocab_size=32, hidden_size=64, intermediate_size=128, max_position_embeddings=64)
+        args = trl.SFTConfig(
+            str(tmp_path), optim=optim, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, **kept, **options
+        )  # fmt: skip
+        data = Dataset.from_list([{"text": text} for text in texts])
+        trainer = trainer_class(model=model, args=args, train_dataset=data, processing_class=trl_tokenizer())
+        trainer.train()
+        ids = torch.tensor([trl_tokenizer()(text)["input_ids"] for text in texts[:64]])
+        with torch.no_grad():
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    best = min(likelihood("adamw_torch", trl.SFTTrainer, learning_rate=rate) for rate in (1e-3, 1e-2))
+    assert likelihood("lqa", mine) < max(1.5 * best, best + 0.2)
