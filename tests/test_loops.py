@@ -237,21 +237,6 @@ def test_a_loop_that_clips_resumes_bit_for_bit(stop, tmp_path):
     assert_same_weights(weights(model), weights(copied_model))
 
 
-def test_a_checkpoint_without_what_was_added_since_is_loaded():
-    _, optimizer, *_ = looped()
-    state = optimizer.state_dict()
-    own = hf_lqa.optimizer.unpacked(state)[1]
-    added = {"largest_lr", "gradients", "backpropagates"}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    old = hf_lqa.optimizer.packed(
-        optimizer.base.state_dict(), {k: v for k, v in own.items() if k not in added}, params, {}
-    )
-    old["state"] = state["state"]
-    again = LQA(BASES["adamw"](network().parameters()))
-    again.load_state_dict(old)
-    assert again.state_dict()["param_groups"] == state["param_groups"]
-
-
 def test_an_optimizer_that_is_gone_or_told_leaves_no_hooks():
     model, optimizer, *_ = looped(steps=2)
     hooked = lambda: [p for p in model.parameters() if p._post_accumulate_grad_hooks]  # noqa: E731
