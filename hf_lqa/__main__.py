@@ -137,7 +137,7 @@ def _leave_out_runner(error: BaseException, done: set[int]) -> None:
         if entry.tb_frame.f_code.co_filename != main.__code__.co_filename:
             entries.append(entry)
         entry = entry.tb_next
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+    for entry, following in zip(entries, [*entries, None][1:], strict=True):
         entry.tb_next = following
     error.__traceback__ = entries[0] if entries else None
     for other in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
