@@ -221,7 +221,9 @@ class LQA(torch.optim.Optimizer):
             ValueError: no closure, and nothing was ever measured; or a closure that cannot be called.
         """
         closure = closure if closure is not None else self._armed
-        wants_probe, given = self.wants_probe, closure is not None
+        multiplier = max(float(group["lr"]) for group in self.param_groups)
+        # Checkpoints of sharded optimizers make one step at rate 0, to have a state to load into.
+        wants_probe, given = self.wants_probe and multiplier > 0, closure is not None
         returned, closure, asked = self._caller.ask(closure, self._params, wants_probe)
         self._watch.close()
         params = self._params
@@ -235,7 +237,6 @@ class LQA(torch.optim.Optimizer):
                 )
             self._stand()
             return returned
-        multiplier = max(float(group["lr"]) for group in self.param_groups)
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
         observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
         numbers: list[Any] = [observed_norm]

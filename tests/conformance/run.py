@@ -24,7 +24,7 @@ EXPECTED: dict[str, str] = {
     r"::test_cosine_with_min_lr_schedule_with_warmup_lr_rate$": "asserts the rates of a schedule of learning_rate=0.2;"
     " LQA's schedule multiplies 1.0",
     r"::test_logging_inf_nan_filter$": "asserts that training diverges at learning_rate=1e9, which LQA does not use",
-    r"::test_adafactor_lr_none$": "gives an Adafactor without a learning rate, around which LQA cannot go and says so",
+    r"::test_adafactor_lr_none$": "gives an Adafactor without a learning rate, which LQA refuses by name",
     r"::test_enum_coercions$": "asserts args.optim == 'adamw_torch', in whose place this script itself puts 'lqa'",
 }
 
