@@ -165,7 +165,7 @@ class GradientWatch:
     def change(self) -> Tensor | float:
         """Above 0 if gradients were changed since the end of the last backward pass, else 0.
 
-        In a loop that has changed them before, as if it always did: what was kept is right at any rate.
+        In a loop that has changed them before, as if it always did: what was kept is right in either case.
         """
         if self.changed and self._noted:
             return 1.0

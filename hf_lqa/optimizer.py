@@ -50,7 +50,7 @@ class LQA(torch.optim.Optimizer):
     Args:
         base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
             state are shared with it.
-        policy: ``"cross_batch"`` (averaged, the default) or ``"paper"`` (arXiv 2004.03260 to the letter).
+        policy: ``"cross_batch"`` (averaged, the default) or ``"paper"`` (arXiv 2004.03260).
         total_steps: how many steps training has, ``>= 1``; the longer it is, the lower the level. `None`: as if it had
             no end.
         final_factor: what the schedule multiplies the step size by at the end of training, in [0, 1]: 1.0, the default,
