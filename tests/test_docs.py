@@ -32,6 +32,7 @@ ELSEWHERE = {
         ".ci/run",
         "readme test-command",
     ),
+    "pip install -e .": (".ci/run", "pip install --quiet --no-deps -e ."),
     'pip install -e ".[lightning]"': ("pyproject.toml", '"hf-lqa[lightning]"'),
     "python -m hf_lqa -m MODULE ARGS": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
     "python -m hf_lqa -m trl.scripts.sft --optim lqa ...": ("tests/test_runner.py", 'f"trl.scripts.{script}"'),
