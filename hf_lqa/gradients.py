@@ -211,6 +211,16 @@ class GradientWatch:
         # Without any gradient there is nothing to divide by, and nothing to correct.
         return slope * (sums[1] / torch.where(sums[0] == 0, 1.0, sums[0]) * self.scale)
 
+    def doubt(self, fit: Fit, slope: float) -> float:
+        """By what factor the first probe's slope is steeper than the gradient's; 0 if little, or if that is explained.
+
+        It is explained where a change of the gradients was seen, or was found out before.
+        """
+        unknown = fit.verdict is Verdict.NON_FINITE or not (fit.slope < 0 and slope < 0)
+        if unknown or self.changed or self.scale != 1 or fit.slope / slope <= _CONTRADICT:
+            return 0.0
+        return fit.slope / slope
+
     def contradicted(self, fit: Fit, slope: float, replaced: bool) -> bool:
         """Whether the first probe says that `slope` is not the loss's; then what is believed changes: take it again.
 

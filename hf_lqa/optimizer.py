@@ -24,7 +24,9 @@ from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .slopes import Snapshot, flat, mean_over_ranks, observed, spread
 
 #: The first probe at most, where it contradicts the gradients that its radius is of.
-_MAX_TRIES = 6
+_MAX_TRIES = 8
+#: Two probes contradict the gradients by the same factor if these differ by no more than this share.
+_THE_SAME = 0.1
 
 
 class LQA(torch.optim.Optimizer):
@@ -317,11 +319,22 @@ class LQA(torch.optim.Optimizer):
         first = self.policy.step_size is None and self._clipping is None and self.policy.probe_radius is None
         watch, forwards = self._watch.state_dict(), self.counts["probe_forwards"]
         try:
+            nearer, doubted = math.inf, None
             for _ in range(_MAX_TRIES):
                 before = self._watch.gradients(change)
-                probe, slope = self._probe(closure, clip, before)
-                if not (first and self._watch.contradicted(probe.fit, slope, bool(before))):
+                probe, slope = self._probe(closure, clip, before, nearer)
+                if not first:
                     break
+                doubt, fit = self._watch.doubt(probe.fit, slope), probe.fit
+                if doubted is not None and math.isclose(doubt, self._watch.doubt(doubted, slope), rel_tol=_THE_SAME):
+                    fit = doubted
+                elif doubt and fit.verdict is not Verdict.BELOW_NOISE:
+                    # What bends the line is gone nearer; what was done to the gradients is not.
+                    nearer, doubted = self.policy.tau * probe.radius, fit
+                    continue
+                if not self._watch.contradicted(fit, slope, bool(before)):
+                    break
+                nearer, doubted = math.inf, None
         except BaseException:
             self._watch.load_state_dict(watch)
             self.counts["probe_forwards"] = forwards
@@ -331,9 +344,9 @@ class LQA(torch.optim.Optimizer):
         return probe, slope
 
     def _probe(
-        self, closure: Callable[[], Tensor], clip: float, before: dict[Tensor, Tensor]
+        self, closure: Callable[[], Tensor], clip: float, before: dict[Tensor, Tensor], nearer: float
     ) -> tuple[ProbeRecord, float]:
-        """Measure along the base optimizer's direction: (record, ``<gradient, direction>``)."""
+        """Measure along the base optimizer's direction, no further than `nearer`: (record, ``<gradient, d>``)."""
         # What a step started from is not needed any more; a probe has its own.
         self._snapshot = None
         params, kept = self._origin
@@ -353,6 +366,7 @@ class LQA(torch.optim.Optimizer):
         said = radius = self.policy.radius(center, slope)
         if first:
             radius = self.policy.initial_radius(center, slope, math.sqrt(square))
+            radius = min(radius, nearer) if radius is not None else None
         minus = plus = math.nan
         noise = self._relative_noise(closure)
         if radius is None:
@@ -365,9 +379,9 @@ class LQA(torch.optim.Optimizer):
             probe = ProbeRecord(self.counts["steps"], radius, minus, center, plus, fit)
         else:
             noise *= abs(center)
-            nearer, tries = radius, self.policy.MAX_TRIES if self.policy.searches else 1
-            while tries and nearer > 0:
-                radius, tries = nearer, tries - 1
+            next_radius, tries = radius, self.policy.MAX_TRIES if self.policy.searches else 1
+            while tries and next_radius > 0:
+                radius, tries = next_radius, tries - 1
                 try:
                     direction.move_to(-radius)
                     behind = closure()
@@ -379,7 +393,7 @@ class LQA(torch.optim.Optimizer):
                 forwards += 2
                 if not is_beyond(minus, center, plus, abs(slope) * radius, noise):
                     break
-                nearer = radius * self.policy.tau
+                next_radius = radius * self.policy.tau
             by_loss = radius == said
             max_step = self.policy.max_step(center, slope) if by_loss else 2 * radius / self.policy.tau
             fit = fit_losses(minus, center, plus, radius, noise=noise, max_step=max_step)
