@@ -177,8 +177,6 @@ class Variable(Names):
 class Globals(Names):
     """The variables of a module that a function names."""
 
-    label = "{}.{}"
-
     def __init__(self, path: str, owner: Any, names: frozenset[str]):
         super().__init__(path, owner)
         self._names = names
