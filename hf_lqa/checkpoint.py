@@ -7,7 +7,7 @@ keys that a fresh optimizer has. Weights travel with the state of the parameters
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from .quadratic import Fit, Verdict
 from .slopes import Snapshot, is_sharded
 
 #: Keys under which LQA's state travels in the base optimizer's `state_dict`.
-GROUP_KEY, SNAPSHOT_KEY, BEGINNING_KEY = "lqa", "lqa_snapshot", "lqa_beginning"
+GROUP_KEY, BEGINNING_KEY = "lqa", "lqa_beginning"
 
 #: Of what LQA keeps in a checkpoint: raised whenever that changes.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -53,66 +53,31 @@ class ProbeRecord:
         return cls(**{**plain, "fit": Fit(**{**plain["fit"], "verdict": Verdict(plain["fit"]["verdict"])})})
 
 
-@dataclass
-class Move:
-    """A step whose end slopes are still to be measured, or to be learned from.
-
-    Attributes:
-        step_size: as it was applied; 0 where there was no such step.
-        factor: what multiplied the level in it, schedule and ramp.
-        places: which of the optimizer's parameters it moved and are observed.
-        starts: slopes of each at its start, on its own batch, or nothing; read from the device together with `ends`.
-        ends: slopes of each at its end, on the next batch; `None` until measured.
-        ways: with them, slopes along all the way from the beginning, of the parameters that were observed there; none
-            with `starts`.
-        vote: with them, see `Snapshot.vote`; 0 where the policy does not ask for it.
-    """
-
-    step_size: float = 0.0
-    factor: float = 0.0
-    places: list[int] = field(default_factory=list)
-    starts: Tensor | list[float] = field(default_factory=list)
-    ends: list[float] | None = None
-    ways: list[float] = field(default_factory=list)
-    vote: float = 0.0
-
-    @property
-    def awaits_ends(self) -> bool:
-        return self.step_size > 0 and self.ends is None
-
-    def to_plain(self) -> dict[str, Any]:
-        return {**vars(self), "starts": torch.as_tensor(self.starts).tolist()}
-
-
 def packed(
-    state_dict: dict[str, Any], own: dict[str, Any], params: list[Tensor], snapshots: dict[str, Snapshot | None]
+    state_dict: dict[str, Any], own: dict[str, Any], params: list[Tensor], beginning: Snapshot | None
 ) -> dict[str, Any]:
-    """The base optimizer's `state_dict` with LQA's `own` numbers in it, and with the weights of `snapshots` by key."""
+    """The base optimizer's `state_dict` with LQA's `own` numbers in it, and the weights that training began with."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     groups[0][GROUP_KEY] = json.dumps({"version": VERSION, **own})
     state = {k: dict(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
-    kept = {
-        key: dict(zip(snapshot.places, snapshot.values, strict=True)) if snapshot is not None else {}
-        for key, snapshot in snapshots.items()
-    }
+    kept = dict(zip(beginning.places, beginning.values, strict=True)) if beginning is not None else {}
     for i, p in enumerate(params):
-        for key, values in kept.items():
-            if i in values:
-                state.setdefault(i, {})[key] = values[i]
-            elif is_sharded(p) and p.requires_grad:
-                # A fresh optimizer must have the keys: sharded parameters have both always.
-                state.setdefault(i, {})[key] = torch.zeros_like(p, requires_grad=False)
+        if i in kept:
+            state.setdefault(i, {})[BEGINNING_KEY] = kept[i]
+        elif is_sharded(p) and p.requires_grad:
+            # A fresh optimizer must have the key: sharded parameters have it always.
+            state.setdefault(i, {})[BEGINNING_KEY] = torch.zeros_like(p, requires_grad=False)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def unpacked(state_dict: dict[str, Any], policy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def unpacked(state_dict: dict[str, Any], rule: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The base optimizer's `state_dict`, still with the kept weights in it, and LQA's own numbers.
 
     Args:
-        policy: the name of the policy that is to go on from there.
+        rule: the name of the rule that is to go on from there.
 
     Raises:
-        ValueError: it was saved by an optimizer other than LQA, by another version of it, or with another policy.
+        ValueError: it was saved by an optimizer other than LQA, by another version of it, or with another rule.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     own = groups[0].pop(GROUP_KEY, None) if groups else None
@@ -127,16 +92,16 @@ def unpacked(state_dict: dict[str, Any], policy: str) -> tuple[dict[str, Any], d
             f"state_dict['param_groups'][0][{GROUP_KEY!r}] is of version {version}, this hf_lqa reads version"
             f" {VERSION}: go on with the hf_lqa that saved it, or start without the optimizer's checkpoint"
         )
-    if found["policy"]["name"] != policy:
+    if found["rule"]["name"] != rule:
         raise ValueError(
-            f"state_dict was saved with the policy {found['policy']['name']!r}, not {policy!r}: go on with that one, or"
+            f"state_dict was saved with the rule {found['rule']['name']!r}, not {rule!r}: go on with that one, or"
             " start without the optimizer's checkpoint"
         )
     return {**state_dict, "param_groups": groups}, found
 
 
-def take_snapshot(state: dict[Tensor, Any], key: str, params: list[Tensor], places: list[int]) -> Snapshot | None:
-    """What the base optimizer's `state` holds under `key` of the parameters at `places`, taken out of it."""
+def take_snapshot(state: dict[Tensor, Any], params: list[Tensor], places: list[int]) -> Snapshot | None:
+    """The weights that training began with, of the parameters at `places`, taken out of the base's `state`."""
     # Cast and placed by the base's load_state_dict like its own state.
-    values = {p: s.pop(key) for p, s in state.items() if key in s}
+    values = {p: s.pop(BEGINNING_KEY) for p, s in state.items() if BEGINNING_KEY in s}
     return Snapshot(params, places, [values[params[i]] for i in places]) if places else None

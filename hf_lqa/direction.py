@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .groups import ELEMENTWISE, with_gradient
 from .products import ACCELERATOR_PIECE, runs
-from .slopes import dot, local, local_part
+from .slopes import count_nonzero, dot, local, local_part, squares_of
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
 #: accelerator, if they go by pieces, for one of these at least: short steps would cost more than a little memory.
@@ -233,9 +233,18 @@ class Direction:
         return self.unit * dot([p.grad.detach() for p in self.params if p.grad is not None], self.tensors)
 
     @torch.no_grad()
-    def square(self) -> Tensor:
-        """``<direction, direction>``: the square of how far a unit step moves all weights. See `dot`."""
-        return self.unit**2 * dot(self.tensors, self.tensors)
+    def size(self, base: torch.optim.Optimizer, multipliers: list[float]) -> tuple[Tensor, Tensor]:
+        """The direction's summed squares without per-tensor multipliers, and its number of elements that are not 0.
+
+        Args:
+            base: the optimizer that was rehearsed.
+            multipliers: of each of its parameters, which the rehearsed rates had; nothing where all are 1.
+        """
+        every = [p for group in base.param_groups for p in group["params"]]
+        factor = dict(zip(every, multipliers, strict=True)) if multipliers else {}
+        own = [self.unit / factor.get(p, 1.0) for p in self.params]
+        squares = squares_of(self.tensors)
+        return (squares * squares.new_tensor(own).square()).sum(), count_nonzero(self.tensors)
 
 
 def _is_gradient_descent(base: torch.optim.Optimizer) -> bool:

@@ -1,9 +1,8 @@
 """Gradients as a training loop leaves them: whether they are finite, and what they were before the loop clipped them.
 
 A slope is a product with the gradient of the loss. Between ``backward`` and ``step`` a loop may clip gradients, and the
-slopes would be those of the clipped ones, too flat by a factor that differs from step to step. So at the end of each
-backward pass before which slopes are awaited, a `GradientWatch` keeps what they are; what the loop does afterwards, it
-finds in ``step``.
+slope would be that of the clipped one, too flat for the probe whose radius it gives. So at the end of each backward
+pass before a probe, a `GradientWatch` keeps what gradients are; what the loop does afterwards, it finds in ``step``.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class GradientWatch:
 
     def __init__(self, params: list[Tensor]):
         self.changed, self.before, self.scale = False, True, 1.0
-        self._noting, self._keeping = True, True
+        self._noting = True
         self._start(params)
 
     def _start(self, params: list[Tensor]) -> None:
@@ -96,7 +95,7 @@ class GradientWatch:
         self._attach(params)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: vars(self)[k] for k in ("changed", "before", "scale", "_noting", "_keeping", "_stopped")} | {
+        return {k: vars(self)[k] for k in ("changed", "before", "scale", "_noting", "_stopped")} | {
             "params": list(self._hooks)
         }
 
@@ -119,14 +118,10 @@ class GradientWatch:
             self._noted, self._kept = {}, {}
             _remove(self._hooks)
 
-    def open(self, params: list[Tensor], slopes_awaited: bool, probe: bool) -> None:
-        """Look at the next backward pass, if slopes are read after it, or a probe is due."""
-        self._noted, self._queued = {}, False
-        self._noting = (slopes_awaited or probe) and not self._stopped
-        # At probes always: a loop may change `gradient.data`, of which no version tells.
-        self._keeping = probe or self.changed
-        if not self._keeping:
-            self._kept = {}
+    def open(self, params: list[Tensor], probe: bool) -> None:
+        """Look at the next backward pass, if a probe is due after it."""
+        self._noted, self._kept, self._queued = {}, {}, False
+        self._noting = probe and not self._stopped
         if self._noting:
             self._attach(params)
 
@@ -153,13 +148,8 @@ class GradientWatch:
         self._queued = False
         with_gradient = [p for p in self._hooks if p.grad is not None]
         self._noted = {p: (p.grad, p.grad._version) for p in with_gradient if p.grad is not None}
-        if not self._keeping:
-            return
         rows = {p: _rows(p) for p in (with_gradient[i] for i in observed(with_gradient))}
-        copied = {p: now for p, now in rows.items() if _alike(self._kept.get(p), now)}
-        if copied:
-            torch._foreach_copy_([self._kept[p] for p in copied], list(copied.values()))
-        self._kept = {p: self._kept[p] if p in copied else now.clone() for p, now in rows.items()}
+        self._kept = {p: now.clone() for p, now in rows.items()}
 
     @property
     def change(self) -> Tensor | float:
@@ -171,7 +161,7 @@ class GradientWatch:
             return 1.0
         if any(p.grad is not gradient or gradient._version != at for p, (gradient, at) in self._noted.items()):
             return 1.0
-        if not self._noted or not self._keeping:
+        if not self._noted:
             return 0.0
         pairs = [(_rows(p), kept) for p, kept in self._kept.items() if p.grad is not None]
         pairs = [(now, kept) for now, kept in pairs if _alike(now, kept) and kept.numel()]
@@ -191,7 +181,7 @@ class GradientWatch:
             change: as `change` said; what is not known on the host yet does not count.
         """
         changed = not isinstance(change, Tensor) and change > 0
-        if not (changed and self._noted and self._keeping):
+        if not (changed and self._noted):
             self.changed |= changed
             return {}
         found = {p: kept for p, kept in self._kept.items() if p.grad is not None}

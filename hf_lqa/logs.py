@@ -33,8 +33,14 @@ def counts(lqa: LQA) -> dict[str, float]:
 
 def multipliers(lqa: LQA) -> dict[str, float]:
     """The least and the largest per-tensor multiplier of the step size, 1 where there are none."""
-    rates = lqa.relative_rates or [1.0]
-    return dict(zip(_MULTIPLIERS, (min(rates), max(rates)), strict=True))
+    found = lqa.multipliers or [1.0]
+    return dict(zip(_MULTIPLIERS, (min(found), max(found)), strict=True))
+
+
+def agreement(lqa: LQA) -> dict[str, float]:
+    """The sign agreement that was measured last; nothing before any."""
+    measured = lqa.last_measurement
+    return {"lqa_sign_agreement": measured.agreement} if measured and math.isfinite(measured.agreement) else {}
 
 
 def probe_measurements(lqa: LQA) -> dict[str, float]:
@@ -62,8 +68,8 @@ def probe_measurements(lqa: LQA) -> dict[str, float]:
 class LogLines:
     """Chooses what of LQA's measurements a log line has: nothing twice, and no more than a person reads.
 
-    A line with a training loss has the base step size; per-tensor multipliers and the end slope where they differ from
-    what was logged last; counts likewise; and all measurements of a probe that no line had yet. Of several probes
+    A line with a training loss has the base step size; per-tensor multipliers and the sign agreement where they differ
+    from what was logged last; counts likewise; and all measurements of a probe that no line had yet. Of several probes
     between two lines that is the last. The line at the end of training has all counts.
     """
 
@@ -75,8 +81,8 @@ class LogLines:
         none = dict.fromkeys(counts(lqa), 0.0)
         self._logged = {**none, **dict.fromkeys(_MULTIPLIERS, 1.0)}
         if state.global_step == 0:  # what an optimizer measured in an earlier training is no news in this one
-            found = {**counts(lqa), **probe_measurements(lqa), "lqa_end_slope": lqa.last_end_slope}
-            self._logged |= {key: value for key, value in found.items() if value is not None}
+            found = {**counts(lqa), **probe_measurements(lqa), **agreement(lqa)}
+            self._logged |= found
         for entry in state.log_history:
             self._logged.update((key, value) for key, value in entry.items() if key.startswith("lqa_"))
 
@@ -87,12 +93,11 @@ class LogLines:
         if "loss" not in logs:
             return
         found: dict[str, float] = {}
-        if lqa.policy.step_size is not None:
-            found["lqa_base_step_size"] = lqa.policy.step_size
+        if lqa.base_step_size is not None:
+            found["lqa_base_step_size"] = lqa.base_step_size
         found |= self._new(multipliers(lqa))
-        slope = lqa.last_end_slope
-        if slope is not None and math.isfinite(slope) and len(found) < _MOST:
-            found |= self._new({"lqa_end_slope": slope})
+        if len(found) < _MOST:
+            found |= self._new(agreement(lqa))
         found |= self._new(counts(lqa))
         probe = probe_measurements(lqa)
         if probe.get("lqa_probe_step") != self._logged.get("lqa_probe_step"):

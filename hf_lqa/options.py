@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.training_args import OptimizerNames
 
-from .cross_batch import POLICIES
+from .rule import OPTIONS, build
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-#: name -> (base optimizer, or None for the Trainer's own default; policy)
+#: name -> (base optimizer, or None for the Trainer's own default; rule)
 NAMES: dict[str, tuple[str | None, str]] = {
-    "lqa": (None, "cross_batch"),
-    "lqa_sgd": ("sgd", "cross_batch"),
+    "lqa": (None, "displacement"),
+    "lqa_sgd": ("sgd", "displacement"),
     "lqa_paper": ("sgd", "paper"),
 }
 
@@ -63,16 +63,16 @@ class LQAOptions:
         name: ``lqa``, ``lqa_sgd`` or ``lqa_paper``.
         base: the name of the base optimizer.
         base_args: its own ``optim_args``; `None` if there are none.
-        policy: the name of the policy.
-        policy_options: the policy's arguments that were given.
+        rule: the name of the rule.
+        rule_options: those of its options that were given.
         probe_micro_batches: on how many of a step's micro-batches to probe; `None` for all.
     """
 
     name: str
     base: str
     base_args: str | None
-    policy: str
-    policy_options: dict[str, Any]
+    rule: str
+    rule_options: dict[str, Any]
     probe_micro_batches: int | None
 
 
@@ -86,12 +86,12 @@ def parse_options(args: TrainingArguments) -> LQAOptions | None:
     if name not in NAMES:
         return None
     given = dict(_pairs(args.optim_args))
-    default_base, policy = NAMES[name]
+    default_base, rule = NAMES[name]
     base = given.pop("base", default_base or _trainers_default())
     _check_base(base)
     micro_batches = given.pop("probe_micro_batches", None)
-    kinds = {f.name: f.type for f in dataclasses.fields(POLICIES[policy]) if f.init}
-    policy_options: dict[str, Any] = {k: _convert(k, given.pop(k), str(kinds[k])) for k in list(given) if k in kinds}
+    kinds = OPTIONS[rule]
+    rule_options: dict[str, Any] = {k: _convert(k, given.pop(k), kinds[k]) for k in list(given) if k in kinds}
     base_options = _BASE_OPTIONS.get(base, ())
     for key, value in given.items():
         if key not in base_options:
@@ -100,15 +100,15 @@ def parse_options(args: TrainingArguments) -> LQAOptions | None:
                 f"optim_args: {key}={value!r} is not an option of optim={name!r} with base={base!r}; allowed: {allowed}"
             )
     try:
-        POLICIES[policy](**policy_options)
+        build(rule, rule_options)
     except ValueError as error:
         raise ValueError(f"optim_args: {error}") from None
     return LQAOptions(
         name=name,
         base=base,
         base_args=",".join(f"{k}={v}" for k, v in given.items()) or None,
-        policy=policy,
-        policy_options=policy_options,
+        rule=rule,
+        rule_options=rule_options,
         probe_micro_batches=None if micro_batches is None else _at_least_one("probe_micro_batches", micro_batches),
     )
 
@@ -134,22 +134,20 @@ def _pairs(optim_args: str | None) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _convert(key: str, value: str, kind: str) -> int | float | None:
-    """`value` as the type that the policy's field `key` is annotated with."""
-    if value == "None" and "None" in kind:
+def _convert(key: str, value: str, kind: type) -> Any:
+    """`value` as a `kind`."""
+    if value == "None" and key == "probe_radius":
         return None
-    number = int if kind.startswith("int") else float
     try:
-        return number(value)
+        return kind(value)
     except ValueError:
         raise ValueError(
-            f"optim_args: {key}={value!r}: must be {'an integer' if number is int else 'a number'}"
+            f"optim_args: {key}={value!r}: must be {'an integer' if kind is int else 'a number'}"
         ) from None
 
 
 def _at_least_one(key: str, value: str) -> int:
-    number = _convert(key, value, "int")
-    assert isinstance(number, int)
+    number: int = _convert(key, value, int)
     if number < 1:
         raise ValueError(f"optim_args: {key}={value!r}: must be an integer >= 1")
     return number

@@ -95,7 +95,7 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
         ValueError: the step's gradient is not that of the losses that were recorded.
     """
     lqa, method = trainer.lqa, defined_as(trainer, "training_step")
-    watch = Watch([p for group in lqa.param_groups for p in group["params"]], thorough=lqa.policy.step_size is None)
+    watch = Watch([p for group in lqa.param_groups for p in group["params"]], thorough=lqa.base_step_size is None)
     calls: list[tuple[Callable[[], Tensor], Forward, Tensor]] = []
     scalars = 0
     in_turn = True

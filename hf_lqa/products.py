@@ -42,9 +42,9 @@ def products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None
     return _vector([left, right] if minus is None else [left, right, minus], _foreach_products, _product)
 
 
-def votes(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
+def sign_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
     """The sum over all elements of ``sign(left_i) sign(right_i - minus_i)`` of each, as `products`."""
-    return _vector([left, right, minus], _foreach_votes, _vote)
+    return _vector([left, right, minus], _foreach_sign_products, _sign_product)
 
 
 def _vector(sides: list[list[Tensor]], together: Callable[..., Tensor], alone: Callable[..., Tensor]) -> Tensor:
@@ -88,8 +88,8 @@ def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tenso
     return _foreach_sums(torch._foreach_mul(_foreach_float(left), move))
 
 
-def _foreach_votes(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
-    """`votes`, as `_foreach_products`."""
+def _foreach_sign_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
+    """`sign_products`, as `_foreach_products`."""
     signs = torch._foreach_sign(_foreach_moves(right, minus))
     torch._foreach_mul_(signs, torch._foreach_sign(_foreach_float(left)))
     return _foreach_sums(signs)
@@ -133,8 +133,8 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
-def _vote(a: Tensor, b: Tensor, minus: Tensor) -> Tensor:
-    """One of `votes`, whatever the tensors are."""
+def _sign_product(a: Tensor, b: Tensor, minus: Tensor) -> Tensor:
+    """One of `sign_products`, whatever the tensors are."""
     # A product of two small half-precision numbers could be 0; one with a sign cannot.
     signs = ((b - c).mul_(torch.sign(a)).sign_() for a, b, c in _pieces(_dense(a, b, minus)))
     return torch.stack([s.sum(dtype=torch.float32) for s in signs]).sum()  # a piece at a time

@@ -1,4 +1,4 @@
-"""Slopes along moves of the weights: products of gradients and moves, sharded or not; the weights before a step."""
+"""Slopes along moves of the weights: products of gradients and moves, sharded or not; the weights of the start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .products import on_accelerator, products, votes
+from .products import on_accelerator, products, sign_products
 
 #: Types of most tensors: an attribute that is missing is looked for at length.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -58,10 +58,10 @@ def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor
     return torch.tensor(value, device=device) if isinstance(value, list) else torch.full((), value, device=device)
 
 
-def spread(values: list[float], places: list[int], count: int, rest: float) -> list[float]:
-    """A list of `count` numbers with `values` at `places`, and `rest` elsewhere; nothing if there are no values."""
-    at = dict(zip(places, values, strict=False))
-    return [at.get(i, rest) for i in range(count)] if values else []
+def spread(values: list[float], places: list[int], count: int) -> list[float | None]:
+    """A list of `count` numbers with `values` at `places`, and `None` elsewhere."""
+    at = dict(zip(places, values, strict=True))
+    return [at.get(i) for i in range(count)]
 
 
 def mean_over_ranks(scalars: Tensor) -> Tensor:
@@ -80,6 +80,17 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     the left.
     """
     return _shares(left, products(local(left), local(right))).sum()
+
+
+def squares_of(tensors: list[Tensor]) -> Tensor:
+    """``<tensor_i, tensor_i>`` as one vector, as `dot`."""
+    return _shares(tensors, products(local(tensors), local(tensors)))
+
+
+def count_nonzero(tensors: list[Tensor]) -> Tensor:
+    """The number of elements of all tensors that are not 0, a 0-dim tensor in float32, as `dot`."""
+    counts = torch.stack([torch.count_nonzero(t).float() for t in local(tensors)])
+    return _shares(tensors, counts).sum()
 
 
 def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
@@ -134,12 +145,12 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 class Snapshot:
-    """The weights that a step started from, or a sample of them (`is_sampled`), kept for the next batch's gradient.
+    """The weights that training began with, or a sample of them (`is_sampled`): what gradients say of the way since.
 
     Args:
         params: an optimizer's parameters.
         places: of those among them that are observed; each has a gradient.
-        values: what is kept of their values when the step started, from a checkpoint; memory for it if not given.
+        values: what is kept of their values, from a checkpoint; taken now if not given.
     """
 
     @torch.no_grad()
@@ -147,7 +158,7 @@ class Snapshot:
         self.params, self.places = [params[i] for i in places], places
         if values is None:
             self._sampled = [is_sampled(p) for p in self.params]
-            values = [torch.empty_like(rows, requires_grad=False) for rows in self._observed(self.params)]
+            values = [rows.detach().clone() for rows in self._observed(self.params)]
         else:
             # On another kind of device they may have been cut where here they would not be.
             self._sampled = [v.shape != p.shape for v, p in zip(values, self.params, strict=True)]
@@ -157,37 +168,23 @@ class Snapshot:
         return [sample(t) if cut else t for t, cut in zip(tensors, self._sampled, strict=True)]
 
     @torch.no_grad()
-    def take(self) -> None:
-        values, weights = local(self.values), local(self._observed(self.params))
-        # With one sample among them, a foreach operation would be a loop over all.
-        for cut in (False, True):
-            if places := [i for i, sampled in enumerate(self._sampled) if sampled is cut]:
-                torch._foreach_copy_([values[i] for i in places], [weights[i] for i in places])
+    def slopes(self) -> Tensor:
+        """Displacement slopes: ``<gradient, theta - theta_0>`` of each parameter, as gradients and weights are now.
 
-    @torch.no_grad()
-    def slopes(self, before: dict[Tensor, Tensor] | None = None) -> Tensor:
-        """``<gradient, theta - values>`` of each parameter with gradients and weights as they are now, see `dot`.
-
-        1-dim, equal on all ranks that hold equal values; 0 for a parameter whose gradient is missing.
-
-        Args:
-            before: of parameters, what takes the place of what is observed of their gradients.
+        1-dim, in units of the loss, equal on all ranks that hold equal values, see `dot`; 0 for a parameter whose
+        gradient is missing. If the gradients were clipped, all are as much smaller.
         """
-        gradients = self._gradients()
-        if before:
-            found = [before.get(p, now) for p, now in zip(self.params, gradients, strict=True)]
-            gradients = [b if b.shape == now.shape else now for b, now in zip(found, gradients, strict=True)]
-        weights = self._observed(self.params)
+        gradients, weights = self._gradients(), self._observed(self.params)
         return _shares(gradients, products(local(gradients), local(weights), local(self.values)))
 
     @torch.no_grad()
-    def vote(self) -> Tensor:
-        """The mean over all elements of ``sign(gradient) sign(theta - values)``, in [-1, 1], a 0-dim tensor.
+    def agreement(self) -> Tensor:
+        """Sign agreement: the mean over all elements of ``sign(gradient) sign(theta - theta_0)``, in [-1, 1], 0-dim.
 
         Negative where the loss falls for most of them if they go on; each counts alike, however steep it is.
         """
         gradients = self._gradients()
-        counts = votes(local(gradients), local(self._observed(self.params)), local(self.values))
+        counts = sign_products(local(gradients), local(self._observed(self.params)), local(self.values))
         return _shares(gradients, counts).sum() / sum(v.numel() for v in self.values)
 
     def _gradients(self) -> list[Tensor]:

@@ -114,7 +114,7 @@ class LQATrainerMixin(_Trainer):
         """Let go of what an interrupted step recorded: auto_find_batch_size begins anew after one."""
         self._lqa_probe = None
         if (lqa := self.lqa) is not None:
-            lqa.arm(self._lqa_not_recorded if lqa.policy.step_size is None else None)
+            lqa.arm(self._lqa_not_recorded if lqa.base_step_size is None else None)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; called again for every trial of a hyperparameter search."""
@@ -161,7 +161,7 @@ class LQATrainerMixin(_Trainer):
                 f" in optim_args: {described(base, unit)}",
                 stacklevel=2,
             )
-        self.optimizer = LQA(base, options.policy, **options.policy_options)
+        self.optimizer = LQA(base, options.rule, **options.rule_options)
         self.optimizer.arm(self._lqa_not_recorded)
         return self.optimizer
 
@@ -207,7 +207,7 @@ class LQATrainerMixin(_Trainer):
                 stacklevel=2,
             )
         if num_training_steps > 0:  # 0 with num_train_epochs=0
-            lqa.policy.plan(num_training_steps, final_factor(scheduler, num_training_steps))
+            lqa.plan(num_training_steps)
         return created
 
     @property
@@ -282,15 +282,6 @@ class LQATrainerMixin(_Trainer):
         if (lqa := self.lqa) is not None:
             self._lqa_lines.extend(logs, lqa)
         super().log(logs, *args, **kwargs)
-
-
-def final_factor(scheduler: Any, total_steps: int) -> float:
-    """What `scheduler` will multiply the learning rate by at the end of training, in [0, 1].
-
-    1 where it does not say: of those in Transformers these are the ones that lower the rate when the loss stalls.
-    """
-    lambdas = getattr(scheduler, "lr_lambdas", None)
-    return min(max((float(factor(total_steps)) for factor in lambdas), default=1.0), 1.0) if lambdas else 1.0
 
 
 class LQATrainer(LQATrainerMixin, Trainer):

@@ -107,7 +107,7 @@ def _give_up(reason: str, needed: bool) -> None:
     message = f"The loss cannot be replayed for probes: {reason}."
     if needed:
         raise ValueError(
-            f"{message} The policy 'paper' (--optim lqa_paper) steps by replayed losses alone: use --optim lqa, which"
+            f"{message} The rule 'paper' (--optim lqa_paper) steps by replayed losses alone: use --optim lqa, which"
             " can do without them, or move that out of the forward and of compute_loss"
         )
     warnings.warn(

@@ -1,0 +1,140 @@
+"""The rule for fine-tuning: what shapes say, corrected by the way that training has come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from ..quadratic import Fit, Verdict
+from .agreement import AgreementConfig, moved
+from .multipliers import MultiplierConfig, Multipliers, rounded, updated
+from .prior import PriorConfig, base_step_size, head_multipliers
+from .records import Measurement, require_interval
+
+
+@dataclass(frozen=True)
+class DisplacementConfig:
+    """All constants of `Displacement`, each part's in its own record.
+
+    Attributes:
+        probe_interval: distance between probes, in steps.
+        ramp: share of a run in which the base step size is reached, and the least number of steps.
+        dense: measurements at each distance between them.
+    """
+
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    multipliers: MultiplierConfig = field(default_factory=MultiplierConfig)
+    agreement: AgreementConfig = field(default_factory=AgreementConfig)
+    probe_interval: int = 100
+    ramp: tuple[float, int] = (0.06, 3)
+    dense: int = 16
+
+
+@dataclass
+class Displacement:
+    """Learns from later batches' gradients along all the way from the start, where `Paper` asks each batch's own loss.
+
+    A batch's own parabola counts the batch's own noise as progress. So the base step size begins where the model's
+    shapes say, within what the first probe allows,
+
+        base = min(max(P / rms, radius), minimiser)          P: see `base_step_size`
+
+    with the root mean square of those elements of the direction that are not 0; a ramp leads to it. Each later
+    measurement moves it by the sign agreement (`moved`), and turns steps by per-tensor multipliers
+    (`updated`). Probes every `probe_interval` steps are measurements, on which nothing depends; the first
+    one bounds the start, if there is one.
+
+    As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
+
+    Raises:
+        ValueError: a constant is out of its range.
+    """
+
+    name: ClassVar[str] = "displacement"
+    #: Whether it has no step sizes without losses at other weights.
+    needs_replays: ClassVar[bool] = False
+
+    config: DisplacementConfig = field(default_factory=DisplacementConfig)
+    #: Before ramp, schedule and multipliers; `None` until the first step is measured.
+    step_size: float | None = field(default=None, init=False)
+    #: `None`: not known.
+    total_steps: int | None = field(default=None, init=False)
+    #: What shapes say that a step should move an element by.
+    prior: float = field(default=0.0, init=False)
+    state: Multipliers = field(default_factory=Multipliers, init=False)
+    sizes: tuple[int, ...] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        require_interval(self.config.probe_interval)
+
+    def wants_probe(self, step: int) -> bool:
+        """Whether step number `step` (from 0) should be probed. The same on all ranks, as all that a rule knows."""
+        return self.step_size is None or step % self.config.probe_interval == 0
+
+    def wants_measurement(self, step: int) -> bool:
+        """Whether `observe` wants what step number `step` says of the way that training has come."""
+        # Distances 1 to n - 1 take dense (1 + 2 + ... + (n - 1)) steps.
+        distance = int((1 + math.sqrt(1 + 8 * step / self.config.dense)) / 2)
+        return step > 0 and step % distance == 0
+
+    def factor(self, step: int) -> float:
+        """What multiplies the base step size at step `step`, beside the schedule: the ramp."""
+        share, least = self.config.ramp
+        steps = self.config.prior.unknown if self.total_steps is None else self.total_steps
+        return min(1.0, (step + 1) / max(least, round(share * steps)))
+
+    def multipliers(self, count: int) -> list[float]:
+        """What multiplies the step of each of `count` tensors beside that; nothing where it is 1 for all."""
+        found = rounded(self.state, count, self.config.multipliers)
+        return found if any(value != 1 for value in found) else []
+
+    def begin(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Take note of what is to be moved, before anything is measured.
+
+        Args:
+            shapes: of each tensor; ``()`` of one that is frozen.
+        """
+        self.sizes = tuple(math.prod(shape) for shape in shapes)
+        self.prior = base_step_size(shapes, self.total_steps, self.config.prior)
+        self.state = Multipliers.started(head_multipliers(shapes, self.config.prior))
+
+    def start(self, begun: float) -> None:
+        """Begin without a probe.
+
+        Args:
+            begun: `prior`, in units of the direction.
+        """
+        self.step_size = begun
+
+    def observe_probe(self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool) -> None:
+        """Take a probe's fit; after the first, `step_size` is there.
+
+        Args:
+            begun: as for `start`.
+            radius: of the probe; NaN where there was none, as where the gradient is 0.
+            by_loss: whether it is what the loss's value says; else a first probe had to look for another.
+            follows_step: whether the loss is no scale.
+        """
+        if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not math.isfinite(radius):
+            return
+        least = radius if by_loss else 0.0
+        self.step_size = min(max(begun, least), fit.step_size or math.inf)
+
+    def observe(self, measurement: Measurement) -> None:
+        """Take what a step, `wants_measurement`, said of the way that training has come."""
+        if self.step_size is None:
+            return
+        count, found = self.state.count, measurement
+        self.step_size = moved(self.step_size, found.agreement, found.factor, count, self.config.agreement)
+        self.state = updated(self.state, found.slopes, self.sizes, found.factor, self.config.multipliers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes in training, in a form that JSON can hold."""
+        return {"step_size": self.step_size, "sizes": list(self.sizes), "multipliers": asdict(self.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_size, self.sizes = state["step_size"], tuple(state["sizes"])
+        kept = state["multipliers"]
+        self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])

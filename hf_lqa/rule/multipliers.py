@@ -1,0 +1,106 @@
+"""Per-tensor multipliers: how much further than the base step size says one tensor moves, learned from its slopes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .records import require, weights_of
+
+
+@dataclass(frozen=True)
+class MultiplierConfig:
+    """The constants of `updated` and `rounded`.
+
+    Attributes:
+        eta: gain, in (0, 1].
+        fading: measurements after which the gain has fallen to ``1 / sqrt(2)``.
+        memory: decay of the mean square by which slopes are divided.
+        clip: the largest slope, in units of its root mean square.
+        bound: the most that a multiplier may move away from where it began, as a factor.
+        to_a_doubling: multipliers are rounded to so many values in a doubling, because each that occurs is one more
+            param group in the base optimizer.
+    """
+
+    eta: float = 0.3
+    fading: int = 4
+    memory: float = 0.9
+    clip: float = 2.0
+    bound: float = 4.0
+    to_a_doubling: int = 2
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """The state of all tensors' multipliers.
+
+    Attributes:
+        first: what each was at the start.
+        drift: logarithm of how far each has moved from there.
+        mean_squares: decaying sum of each tensor's squared slopes.
+        count: measurements so far.
+    """
+
+    first: tuple[float, ...] = ()
+    drift: tuple[float, ...] = ()
+    mean_squares: tuple[float, ...] = ()
+    count: int = 0
+
+    @classmethod
+    def started(cls, first: Sequence[float]) -> Multipliers:
+        zeros = (0.0,) * len(first)
+        return cls(tuple(first), zeros, zeros)
+
+
+def updated(
+    state: Multipliers, slopes: Sequence[float | None], sizes: Sequence[int], factor: float, config: MultiplierConfig
+) -> Multipliers:
+    """The multipliers after measurement number ``k``, from 0.
+
+        drift_i -= eta f z_i / sqrt(k + fading),        z_i = clip(s_i / rms(s_i))
+
+    with the displacement slope ``s_i`` of tensor ``i`` and the root ``rms`` of its decaying, bias-corrected mean
+    square. Then their mean square, weighted by the root of each tensor's size, is set to 1: multipliers turn a step,
+    and leave its length to the base step size. A tensor without a slope has the drift of the one before it.
+
+    Args:
+        slopes: displacement slopes in units of the loss, `None` where unknown; those of more tensors than the state
+            has are left out.
+        sizes: number of elements of each tensor.
+        factor: what multiplies the base step size in this step; a short step needs less correction.
+    """
+    gain = config.eta * min(factor, 1.0) / math.sqrt(state.count + config.fading)
+    bias = 1 - config.memory ** (state.count + 1)
+    drift, squares = list(state.drift), list(state.mean_squares)
+    known = []
+    for i, slope in enumerate(slopes[: len(drift)]):
+        if slope is not None and 0 < slope * slope < math.inf:
+            squares[i] = config.memory * squares[i] + (1 - config.memory) * slope * slope
+            z = slope / math.sqrt(squares[i] / bias)
+            drift[i] -= gain * min(max(z, -config.clip), config.clip)
+            known.append(i)
+    if not known:
+        return state
+    weights = weights_of([sizes[i] for i in known])
+    mean = sum(w * math.exp(2 * drift[i]) for i, w in zip(known, weights, strict=True)) / sum(weights)
+    bound = math.log(config.bound)
+    for i in known:
+        drift[i] = min(max(drift[i] - math.log(mean) / 2, -bound), bound)
+    measured, last = {*known}, drift[known[0]]
+    for i in range(len(drift)):
+        last = drift[i] if i in measured else last
+        drift[i] = last
+    return Multipliers(state.first, tuple(drift), tuple(squares), state.count + 1)
+
+
+def rounded(state: Multipliers, count: int, config: MultiplierConfig) -> list[float]:
+    """The multipliers of `count` tensors as they are applied; 1 for those that are not in the state."""
+    unit = math.log(2) / config.to_a_doubling
+    found = [
+        first * math.exp(round(drift / unit) * unit) for first, drift in zip(state.first, state.drift, strict=True)
+    ]
+    return found[:count] + [1.0] * (count - len(found))

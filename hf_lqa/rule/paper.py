@@ -1,0 +1,82 @@
+"""The published rule (arXiv 2004.03260, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..quadratic import Fit, Verdict
+from .prior import PriorConfig, base_step_size
+from .records import Measurement, require_interval
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """What `Paper` has in place of constants.
+
+    Attributes:
+        probe_interval: distance between probes, in steps.
+    """
+
+    probe_interval: int = 1
+
+
+@dataclass
+class Paper:
+    """At every step, the minimiser of this batch's parabola.
+
+        step_size = -slope / curvature,     the last step size where the fit gave none
+
+    Before any fit was usable the probe radius itself is the step size: along it the loss falls to first order by the
+    share `tau`. See `Displacement` for what each method says.
+
+    Raises:
+        ValueError: a constant is out of its range.
+    """
+
+    name: ClassVar[str] = "paper"
+    needs_replays: ClassVar[bool] = True
+
+    config: PaperConfig = field(default_factory=PaperConfig)
+    step_size: float | None = field(default=None, init=False)
+    total_steps: int | None = field(default=None, init=False)
+    prior: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        require_interval(self.config.probe_interval)
+
+    def wants_probe(self, step: int) -> bool:
+        return self.step_size is None or step % self.config.probe_interval == 0
+
+    def wants_measurement(self, step: int) -> bool:
+        return False
+
+    def factor(self, step: int) -> float:
+        return 1.0
+
+    def multipliers(self, count: int) -> list[float]:
+        return []
+
+    def begin(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.prior = base_step_size(shapes, self.total_steps, PriorConfig())
+
+    def start(self, begun: float) -> None:
+        raise NotImplementedError  # it needs a closure
+
+    def observe_probe(self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool) -> None:
+        if fit.step_size:
+            self.step_size = fit.step_size
+        elif math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
+            held = self.step_size is not None and (not follows_step or fit.verdict is Verdict.BELOW_NOISE)
+            self.step_size = self.step_size if held else radius
+
+    def observe(self, measurement: Measurement) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_size": self.step_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_size = state["step_size"]

@@ -1,0 +1,41 @@
+"""What passes between the optimizer and a rule. Without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise a `ValueError` that names an argument, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name}={value!r}: {allowed}")
+
+
+def require_interval(value: object) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(valid, "probe_interval", value, "must be an integer >= 1")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the gradient of a step says of the way that training has come, before the step is made.
+
+    Attributes:
+        slopes: of each tensor, the displacement slope ``<gradient, theta - theta_0>`` in units of the loss: its
+            derivative by the logarithm of how far the tensor has come from ``theta_0``, the weights that training began
+            with. Negative where the loss falls further that way; `None` where it was not measured.
+        agreement: the sign agreement, the mean of ``sign(gradient) sign(theta - theta_0)`` over all elements that are
+            observed, in [-1, 1]. Negative where most of them would go further the way they have come.
+        factor: what multiplies the base step size in this step, ramp and schedule, ``>= 0``.
+    """
+
+    slopes: Sequence[float | None]
+    agreement: float
+    factor: float
+
+
+def weights_of(sizes: Sequence[int]) -> list[float]:
+    """How much each tensor counts: as a matrix's side, or the one table of word vectors would outvote all layers."""
+    return [math.sqrt(size) for size in sizes]
