@@ -22,6 +22,7 @@ class DisplacementConfig:
         probe_interval: distance between probes, in steps.
         ramp: share of a run in which the base step size is reached, and the least number of steps.
         dense: measurements at each distance between them.
+        fading: measurements after which one counts ``1 / sqrt(2)`` as much as the first.
     """
 
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -30,6 +31,7 @@ class DisplacementConfig:
     probe_interval: int = 100
     ramp: tuple[float, int] = (0.06, 3)
     dense: int = 16
+    fading: int = 4
 
 
 @dataclass
@@ -37,13 +39,13 @@ class Displacement:
     """Learns from later batches' gradients along all the way from the start, where `Paper` asks each batch's own loss.
 
     A batch's own parabola counts the batch's own noise as progress. So the base step size begins where the model's
-    shapes say, within what the first probe allows,
+    shapes say, but not where a step would change the first batch's loss by less than the share `tau`,
 
-        base = min(max(P / rms, radius), minimiser)          P: see `base_step_size`
+        base = max(P / rms, radius)          P: see `base_step_size`
 
     with the root mean square of those elements of the direction that are not 0; a ramp leads to it. Each later
-    measurement moves it by the sign agreement (`moved`), and turns steps by per-tensor multipliers
-    (`updated`). Probes every `probe_interval` steps are measurements, on which nothing depends; the first
+    measurement number ``k``, from 0, moves it by the sign agreement (`moved`) and turns steps by per-tensor multipliers
+    (`updated`), with the weight ``w = f / sqrt(k + 4)`` of a step that ramp and schedule multiply by ``f``. Probes every `probe_interval` steps are measurements, on which nothing depends; the first
     one bounds the start, if there is one.
 
     As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
@@ -119,16 +121,16 @@ class Displacement:
         """
         if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not math.isfinite(radius):
             return
-        least = radius if by_loss else 0.0
-        self.step_size = min(max(begun, least), fit.step_size or math.inf)
+        self.step_size = max(begun, radius) if by_loss else begun
 
     def observe(self, measurement: Measurement) -> None:
         """Take what a step, `wants_measurement`, said of the way that training has come."""
         if self.step_size is None:
             return
-        count, found = self.state.count, measurement
-        self.step_size = moved(self.step_size, found.agreement, found.factor, count, self.config.agreement)
-        self.state = updated(self.state, found.slopes, self.sizes, found.factor, self.config.multipliers)
+        # Moves fade as evidence accumulates, and as the schedule shrinks the steps.
+        weight = min(measurement.factor, 1.0) / math.sqrt(self.state.count + self.config.fading)
+        self.step_size = moved(self.step_size, measurement.agreement, weight, self.config.agreement)
+        self.state = updated(self.state, measurement.slopes, self.sizes, weight, self.config.multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes in training, in a form that JSON can hold."""

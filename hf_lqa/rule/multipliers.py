@@ -15,7 +15,6 @@ class MultiplierConfig:
 
     Attributes:
         eta: gain, in (0, 1].
-        fading: measurements after which the gain has fallen to ``1 / sqrt(2)``.
         memory: decay of the mean square by which slopes are divided.
         clip: the largest slope, in units of its root mean square.
         bound: the most that a multiplier may move away from where it began, as a factor.
@@ -24,7 +23,6 @@ class MultiplierConfig:
     """
 
     eta: float = 0.3
-    fading: int = 4
     memory: float = 0.9
     clip: float = 2.0
     bound: float = 4.0
@@ -57,11 +55,11 @@ class Multipliers:
 
 
 def updated(
-    state: Multipliers, slopes: Sequence[float | None], sizes: Sequence[int], factor: float, config: MultiplierConfig
+    state: Multipliers, slopes: Sequence[float | None], sizes: Sequence[int], weight: float, config: MultiplierConfig
 ) -> Multipliers:
-    """The multipliers after measurement number ``k``, from 0.
+    """The multipliers after a measurement.
 
-        drift_i -= eta f z_i / sqrt(k + fading),        z_i = clip(s_i / rms(s_i))
+        drift_i -= eta w z_i,        z_i = clip(s_i / rms(s_i))
 
     with the displacement slope ``s_i`` of tensor ``i`` and the root ``rms`` of its decaying, bias-corrected mean
     square. Then their mean square, weighted by the root of each tensor's size, is set to 1: multipliers turn a step,
@@ -71,9 +69,8 @@ def updated(
         slopes: displacement slopes in units of the loss, `None` where unknown; those of more tensors than the state
             has are left out.
         sizes: number of elements of each tensor.
-        factor: what multiplies the base step size in this step; a short step needs less correction.
+        weight: how much the measurement counts, ``w``, ``>= 0``.
     """
-    gain = config.eta * min(factor, 1.0) / math.sqrt(state.count + config.fading)
     bias = 1 - config.memory ** (state.count + 1)
     drift, squares = list(state.drift), list(state.mean_squares)
     known = []
@@ -81,7 +78,7 @@ def updated(
         if slope is not None and 0 < slope * slope < math.inf:
             squares[i] = config.memory * squares[i] + (1 - config.memory) * slope * slope
             z = slope / math.sqrt(squares[i] / bias)
-            drift[i] -= gain * min(max(z, -config.clip), config.clip)
+            drift[i] -= config.eta * weight * min(max(z, -config.clip), config.clip)
             known.append(i)
     if not known:
         return state
