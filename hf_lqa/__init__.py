@@ -1,5 +1,6 @@
 """Fine-tuning without choosing a learning rate: local quadratic approximation (LQA) for Transformers and PyTorch."""
 
+from .adamw import LQAAdamW, LQACallback
 from .checkpoint import ProbeRecord
 from .optimizer import LQA
 from .quadratic import Fit, Verdict, fit_losses, fit_slopes
@@ -10,6 +11,8 @@ from .trainer import LQASeq2SeqTrainer, LQATrainer, LQATrainerMixin
 __all__ = [
     "LQA",
     "Fit",
+    "LQAAdamW",
+    "LQACallback",
     "LQASeq2SeqTrainer",
     "LQATrainer",
     "LQATrainerMixin",

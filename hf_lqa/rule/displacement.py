@@ -45,8 +45,8 @@ class Displacement:
 
     with the root mean square of those elements of the direction that are not 0; a ramp leads to it. Each later
     measurement number ``k``, from 0, moves it by the sign agreement (`moved`) and turns steps by per-tensor multipliers
-    (`updated`), with the weight ``w = f / sqrt(k + 4)`` of a step that ramp and schedule multiply by ``f``. Probes every `probe_interval` steps are measurements, on which nothing depends; the first
-    one bounds the start, if there is one.
+    (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every
+    `probe_interval` steps are measurements, on which nothing depends; the first bounds the start, if there is one.
 
     As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
 
