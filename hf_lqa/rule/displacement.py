@@ -46,7 +46,9 @@ class Displacement:
     with the root mean square of those elements of the direction that are not 0; a ramp leads to it. Each later
     measurement number ``k``, from 0, moves it by the sign agreement (`moved`) and turns steps by per-tensor multipliers
     (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every
-    `probe_interval` steps are measurements, on which nothing depends; the first bounds the start, if there is one.
+    `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size may grow by:
+    it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far ahead. Without a
+    minimiser above the start, or without a first probe, it does not grow.
 
     As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
 
@@ -61,6 +63,8 @@ class Displacement:
     config: DisplacementConfig = field(default_factory=DisplacementConfig)
     #: Before ramp, schedule and multipliers; `None` until the first step is measured.
     step_size: float | None = field(default=None, init=False)
+    #: The largest that it may become.
+    ceiling: float = field(default=0.0, init=False)
     #: `None`: not known.
     total_steps: int | None = field(default=None, init=False)
     #: What shapes say that a step should move an element by.
@@ -108,20 +112,22 @@ class Displacement:
         Args:
             begun: `prior`, in units of the direction.
         """
-        self.step_size = begun
+        self.step_size = self.ceiling = begun
 
     def observe_probe(self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool) -> None:
         """Take a probe's fit; after the first, `step_size` is there.
 
         Args:
-            begun: as for `start`.
+            begun: as for `start`; NaN where that is not known.
             radius: of the probe; NaN where there was none, as where the gradient is 0.
             by_loss: whether it is what the loss's value says; else a first probe had to look for another.
             follows_step: whether the loss is no scale.
         """
-        if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not math.isfinite(radius):
+        known = math.isfinite(begun) and math.isfinite(radius)
+        if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not known:
             return
         self.step_size = max(begun, radius) if by_loss else begun
+        self.ceiling = max(self.step_size, fit.step_size or 0.0)
 
     def observe(self, measurement: Measurement) -> None:
         """Take what a step, `wants_measurement`, said of the way that training has come."""
@@ -129,14 +135,16 @@ class Displacement:
             return
         # Moves fade as evidence accumulates, and as the schedule shrinks the steps.
         weight = min(measurement.factor, 1.0) / math.sqrt(self.state.count + self.config.fading)
-        self.step_size = moved(self.step_size, measurement.agreement, weight, self.config.agreement)
+        found = moved(self.step_size, measurement.agreement, weight, self.config.agreement)
+        self.step_size = min(found, self.ceiling)
         self.state = updated(self.state, measurement.slopes, self.sizes, weight, self.config.multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes in training, in a form that JSON can hold."""
-        return {"step_size": self.step_size, "sizes": list(self.sizes), "multipliers": asdict(self.state)}
+        kept = {"step_size": self.step_size, "ceiling": self.ceiling, "sizes": list(self.sizes)}
+        return {**kept, "multipliers": asdict(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step_size, self.sizes = state["step_size"], tuple(state["sizes"])
+        self.step_size, self.ceiling, self.sizes = state["step_size"], state["ceiling"], tuple(state["sizes"])
         kept = state["multipliers"]
         self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])
