@@ -1,5 +1,7 @@
 """Names of methods: what ``NAME@RATE+warmup+SCHEDULE+KEY=VALUE`` says, and which of them are what.
 
+A key is an option in ``optim_args`` or, where that has none of the name, a constant of the rule.
+
 Needs no torch, so that the report can read the names.
 """
 
@@ -33,6 +35,11 @@ class Method:
     warmup: bool
     schedule: str | None
     options: tuple[str, ...]
+    constants: tuple[tuple[str, str], ...] = ()
+
+
+#: Keys that ``optim_args`` knows for every rule.
+OPTIONS = ("tau", "eta", "probe_interval", "probe_radius")
 
 
 def parse_method(method: str) -> Method:
@@ -40,11 +47,14 @@ def parse_method(method: str) -> Method:
     head, *extras = method.split("+")
     name, _, rate = head.partition("@")
     schedules = [extra for extra in extras if extra in SCHEDULES]
-    options = tuple(extra for extra in extras if "=" in extra)
-    if unknown := set(extras) - {"warmup", *schedules, *options}:
+    given = [extra for extra in extras if "=" in extra]
+    if unknown := set(extras) - {"warmup", *schedules, *given}:
         raise SystemExit(f"--methods {method}: {', '.join(sorted(unknown))} means nothing")
     found = float(rate) if rate else None
-    return Method(name, found, "warmup" in extras, schedules[-1] if schedules else None, options)
+    constant = [extra for extra in given if name == "lqa" and extra.partition("=")[0] not in OPTIONS]
+    options = tuple(extra for extra in given if extra not in constant)
+    pairs = tuple((key, value) for key, _, value in (extra.partition("=") for extra in constant))
+    return Method(name, found, "warmup" in extras, schedules[-1] if schedules else None, options, pairs)
 
 
 def adamw(first: str, last: str) -> list[str]:

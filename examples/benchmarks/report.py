@@ -43,8 +43,8 @@ def report(runs: list[Run], folder: Path) -> str:
             parts.append(f"![{caption}]({name})\n\n{caption}.")
     about_changes = (
         "Loss over that of `lqa` as it is, seed by seed: geometric mean over settings, and ± the standard error over"
-        " seeds. Learning rate: over the default's when four fifths of a run were over. Options that were halved and"
-        " doubled are `tau`, `eta` and `warmup`, no other constant of the rule. `tau=0.0303`, 1 % more, shows chance."
+        " seeds. Learning rate: over the default's when four fifths of a run were over. Every constant of the rule is"
+        " halved and doubled, of `memory` the complement. `tau=0.0303`, 1 % more, shows chance."
     )
     about_ranks = (
         "By mean validation loss over the seeds that all have, of the methods without a rate that ran on all tasks, and"
@@ -57,7 +57,7 @@ def report(runs: list[Run], folder: Path) -> str:
         " options. Failed: NaN, or no better than the commonest class, the mean, or the untrained model."
     )
     titled = [
-        ("Options changed", about_changes, sections.ablations(tables)),
+        ("Constants changed", about_changes, sections.ablations(tables)),
         ("Other settings", about_settings, sections.other_settings(tables)),
         ("Mean rank", about_ranks, sections.ranks(chosen)),
         ("Failures of methods without a rate", "In tasks' default settings.", sections.failures(chosen)),

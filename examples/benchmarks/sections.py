@@ -50,7 +50,7 @@ def _changed(table: Table, method: str) -> tuple[list[float], list[float]] | Non
 
 def ablations(tables: Sequence[Table]) -> str:
     """``lqa+OPTION=VALUE`` over `lqa`: over all settings, then setting by setting."""
-    methods = sorted({m for t in tables for m in t.methods if m.startswith("lqa+") and parse_method(m).options})
+    methods = sorted({m for t in tables for m in t.methods if m.startswith("lqa+") and "=" in m})
     rows = []
     for method in methods:
         found = {t.title(): pair for t in tables if not t.varied and (pair := _changed(t, method))}

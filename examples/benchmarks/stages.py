@@ -18,10 +18,12 @@ SEEDS = [0, 1, 2]
 FRESH_SEEDS = [3, 4, 5, 6, 7, 8, 9]
 #: Of the paper's tasks, whose runs take seconds; on the first ten the rule was chosen.
 SEEDS_OF_PAPER, FRESH_SEEDS_OF_PAPER = list(range(10)), list(range(10, 20))
-#: Three options of the rule at half and at twice their values, and the interval of later probes; its other constants
-#: are no options, and were not varied. The last is too small to matter, and shows what chance does.
-CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "warmup=2", "warmup=6"]
-CHANGES += ["probe_interval=50", "probe_interval=200", "tau=0.0303"]
+#: Every constant of the rule at half and at twice its value; of `memory` the complement. `tau=0.0303`, 1 % more, is too
+#: little to matter, and shows what chance does.
+CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "probe_interval=50", "probe_interval=200"]
+CHANGES += ["length=0.28", "length=1.12", "decay=0.15", "decay=0.6", "head=4", "head=16", "memory=0.8", "memory=0.95"]
+CHANGES += ["bound=2", "bound=8", "clip=1", "clip=4", "gain=2", "gain=8", "back=0.25", "back=1", "fading=2", "fading=8"]
+CHANGES += ["ramp=0.03", "ramp=0.12", "dense=8", "dense=32", "to_a_doubling=1", "to_a_doubling=4", "tau=0.0303"]
 
 TEXTS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8")
 PAPER = tasks.named(tasks.PAPER)
@@ -79,9 +81,7 @@ STAGES: dict[str, list[Entry]] = {
             dict(tasks.QUICKSTART),
         )
     ],
-    "insensitivity": [
-        (["trec6", "vader_tweets", *PAPER], [f"lqa+{change}" for change in CHANGES], [*SEEDS, *FRESH_SEEDS], {})
-    ],
+    "insensitivity": [(["trec6", "sms_spam", *PAPER], [f"lqa+{change}" for change in CHANGES], SEEDS[:2], {})],
     # AdamW at the rate that is best on the other seeds, and the next to best where it is near.
     "seeds": [
         (TEXTS, ["lqa", *adamw("1e-4", "3e-4")], FRESH_SEEDS, {}),

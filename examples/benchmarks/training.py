@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import platform
@@ -23,8 +24,24 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from hf_lqa import LQATrainer
 
 
+def with_constants(config: Any, constants: dict[str, str]) -> Any:
+    """A rule's record of constants with some of them changed, in the records inside it as well.
+
+    Args:
+        constants: value by name; what is found is taken out.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = with_constants(value, constants)
+        elif field.name in constants:
+            changes[field.name] = type(value)(float(constants.pop(field.name)))
+    return dataclasses.replace(config, **changes)
+
+
 class BenchmarkTrainer(LQATrainer):
-    """Differs from `LQATrainer` in that it can be run by a peer, which it tells of each batch."""
+    """The Trainer of all benchmark runs. Unlike `LQATrainer` it can also run a peer, which it tells of each batch."""
 
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -44,6 +61,11 @@ class BenchmarkTrainer(LQATrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.lqa is not None and self.method.constants:
+            constants = dict(self.method.constants)
+            self.lqa.rule.config = with_constants(self.lqa.rule.config, constants)
+            if constants:
+                raise SystemExit(f"--methods: the rule has no constants {', '.join(constants)}")
         if self.method.schedule == "decay":
             # To an eleventh, as 1 / t.
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -99,7 +121,7 @@ class BenchmarkTrainer(LQATrainer):
 
 
 class AfterStep(transformers.TrainerCallback):
-    """Differs from a plain callback in that it tells the peer that a step is over."""
+    """Tells the peer that a step is over."""
 
     def __init__(self, trainer: BenchmarkTrainer):
         self.trainer = trainer

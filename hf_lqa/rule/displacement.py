@@ -20,7 +20,7 @@ class DisplacementConfig:
 
     Attributes:
         probe_interval: distance between probes, in steps.
-        ramp: share of a run in which the base step size is reached, and the least number of steps.
+        ramp: share of a run in which the base step size is reached.
         dense: measurements at each distance between them.
         fading: measurements after which one counts ``1 / sqrt(2)`` as much as the first.
     """
@@ -29,7 +29,7 @@ class DisplacementConfig:
     multipliers: MultiplierConfig = field(default_factory=MultiplierConfig)
     agreement: AgreementConfig = field(default_factory=AgreementConfig)
     probe_interval: int = 100
-    ramp: tuple[float, int] = (0.06, 3)
+    ramp: float = 0.06
     dense: int = 16
     fading: int = 4
 
@@ -87,9 +87,8 @@ class Displacement:
 
     def factor(self, step: int) -> float:
         """What multiplies the base step size at step `step`, beside the schedule: the ramp."""
-        share, least = self.config.ramp
         steps = self.config.prior.unknown if self.total_steps is None else self.total_steps
-        return min(1.0, (step + 1) / max(least, round(share * steps)))
+        return min(1.0, (step + 1) / max(1, round(self.config.ramp * steps)))
 
     def multipliers(self, count: int) -> list[float]:
         """What multiplies the step of each of `count` tensors beside that; nothing where it is 1 for all."""
