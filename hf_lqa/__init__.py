@@ -3,7 +3,7 @@
 from .adamw import LQAAdamW, LQACallback
 from .checkpoint import ProbeRecord
 from .optimizer import LQA
-from .quadratic import Fit, Verdict, fit_losses, fit_slopes
+from .quadratic import Fit, Verdict, fit_losses
 from .registration import register
 from .replay import ReplayedLoss
 from .trainer import LQASeq2SeqTrainer, LQATrainer, LQATrainerMixin
@@ -20,7 +20,6 @@ __all__ = [
     "ReplayedLoss",
     "Verdict",
     "fit_losses",
-    "fit_slopes",
 ]
 
 __version__ = "0.1.0"

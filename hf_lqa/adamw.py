@@ -57,7 +57,7 @@ class LQACallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lqa = _inside(kwargs.get("optimizer"))
-        if lqa.counts["steps"] == 0 and state.max_steps > 0:
+        if state.max_steps > 0:  # 0 with num_train_epochs=0
             lqa.plan(state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -73,12 +73,11 @@ def _inside(optimizer: Any) -> LQA:
     Raises:
         ValueError: there is none.
     """
-    found = optimizer
-    while found is not None and not isinstance(found, LQA):
-        found = getattr(found, "optimizer", None)
-    if found is None:
-        raise ValueError(
-            f"LQACallback: the Trainer's optimizer is {type(optimizer).__name__}, not LQA: give"
-            " optimizer_cls_and_kwargs=(hf_lqa.LQAAdamW, {}), or leave the callback out"
-        )
-    return found
+    while not isinstance(optimizer, LQA):
+        if not hasattr(optimizer, "optimizer"):
+            raise ValueError(
+                f"LQACallback: the Trainer's optimizer is {type(optimizer).__name__}, not LQA: give"
+                " optimizer_cls_and_kwargs=(hf_lqa.LQAAdamW, {}), or leave the callback out"
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
