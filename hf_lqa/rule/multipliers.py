@@ -96,8 +96,10 @@ def updated(
 
 def rounded(state: Multipliers, count: int, config: MultiplierConfig) -> list[float]:
     """The multipliers of `count` tensors as they are applied; 1 for those that are not in the state."""
-    unit = math.log(2) / config.to_a_doubling
+    steps = config.to_a_doubling
+    # Powers of two, in which a head's and a body's agree to the last bit: each value is a param group.
     found = [
-        first * math.exp(round(drift / unit) * unit) for first, drift in zip(state.first, state.drift, strict=True)
+        first * 2.0 ** (round(drift / math.log(2) * steps) / steps)
+        for first, drift in zip(state.first, state.drift, strict=True)
     ]
     return found[:count] + [1.0] * (count - len(found))

@@ -17,7 +17,7 @@ class PriorConfig:
         length: root of the summed squares of what a step does to a typical matrix in a run of one step; 0.14 in one of
             100. In fine-tuning the best rates of sweeps of 100 steps give 0.075 to 0.23.
         decay: how the best rate falls with a run's length: by half from 100 to 1,000 steps.
-        head: how much further a head's tensors move. A fresh head has more to learn than what is below it, and learns
+        head: how much further a head and vectors move. A fresh head has more to learn than what is below it, and learns
             before the body has followed its noise.
         unknown: steps that a run is taken to have where nobody says.
     """
@@ -59,17 +59,23 @@ def base_step_size(shapes: Sequence[tuple[int, ...]], total_steps: int | None, c
 
 
 def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[float]:
-    """What multiplies each tensor's step from the start: `head` for those of the head, 1 for the body's.
+    """What multiplies each tensor's step from the start: `head` for those of the head and for vectors, 1 for all else.
 
-    The body ends with the last matrix of at least the typical size; the head begins with the next matrix. A model
-    without a matrix after its body has none.
+    The body ends with the last matrix of at least the median size, and the matrices after it are the head. In the
+    median each matrix counts as the root of its size. Where there is no head, vectors are not faster, either. Frozen
+    tensors do not count.
     """
     sizes = _matrices(shapes)
-    typical = typical_size(shapes)
-    # A rounding error of the mean must not make a head of the last of equal matrices.
-    body = max((i for i, n in enumerate(sizes) if n and n >= typical * (1 - 1e-9)), default=len(sizes))
-    head = next((i for i, n in enumerate(sizes) if n and i > body), len(sizes))
-    return [config.head if i >= head else 1.0 for i in range(len(sizes))]
+    half, median = sum(weights_of(sizes)) / 2, 0
+    for median in sorted(sizes, reverse=True):
+        half -= math.sqrt(median)
+        if half <= 0:
+            break
+    body = max((i for i, n in enumerate(sizes) if n and n >= median), default=len(sizes))
+    if not any(sizes[body + 1 :]):
+        return [1.0] * len(sizes)
+    of_head = (i > body if n else len(shape) == 1 for i, (n, shape) in enumerate(zip(sizes, shapes, strict=True)))
+    return [config.head if own else 1.0 for own in of_head]
 
 
 def _matrices(shapes: Sequence[tuple[int, ...]]) -> list[int]:
