@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import functools
 import sys
-import sysconfig
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from .holders import (
     Slots,
     Variable,
 )
+from .kinds import LAZY_MODULES, has_attributes, has_slots, is_machinery, is_the_users, is_trainer, names_in, short
 from .slopes import is_sharded
 from .streams import Array, Position, Stream, is_stream, position
 from .values import Values
@@ -43,16 +43,6 @@ _MAX_OBJECTS = 500_000
 #: Tensors of up to so many bytes are always copied; larger ones together up to the size of the weights that are
 #: trained, and this much more.
 _SMALL, _ALLOWANCE = 2**20, 2**26
-#: Machinery, data and services: they keep no state of a forward, or none that could be put back piece by piece.
-_NOT_FOLLOWED = (
-    "accelerate asyncio bitsandbytes concurrent contextlib datasets hf_lqa huggingface_hub inspect io logging mlflow"
-    " multiprocessing pandas pyarrow tensorboard threading tokenizers torch._ torch.amp torch.autograd torch.cuda"
-    " torch.distributed torch.fx torch.jit torch.optim torch.storage torch.utils tqdm transformers.data"
-    " transformers.integrations transformers.modelcard transformers.processing transformers.tokenization"
-    " transformers.trainer transformers.training_args transformers.utils wandb weakref"
-).split()
-#: Quantized layers move their weights about when they are first called; only their tensors are looked at.
-_LAZY_MODULES = ("awq", "bitsandbytes", "gptqmodel", "hqq", "optimum", "torchao")
 #: Of a Trainer, what its `compute_loss` has no business with, or what is looked at once only as `_SHALLOW`.
 _TRAINERS_OWN = frozenset(
     "accelerator args callback_handler data_collator eval_dataset lr_scheduler model_init optimizer processing_class"
@@ -128,7 +118,7 @@ class _Search:
         if isinstance(root, nn.Module):
             self._sharded |= any(hasattr(m, "reshard") and hasattr(m, "unshard") for m in root.modules())
         ahead = [(name, root)]
-        if _is_trainer(root):
+        if is_trainer(root):
             self._seen[id(root)] = root
             ahead = list(self._of_trainer(name, root))
         while ahead and len(self._seen) < _MAX_OBJECTS:
@@ -175,7 +165,7 @@ class _Search:
             if value.flags.writeable and value.nbytes <= _ALLOWANCE:
                 self.holders.append(Array(path, value))
             return iter(())
-        if hasattr(type(value), "__next__") and (not _has_attributes(value) or hasattr(value, "_num_yielded")):
+        if hasattr(type(value), "__next__") and (not has_attributes(value) or hasattr(value, "_num_yielded")):
             if position(value) is None:
                 self.unseen.append(path)
             else:
@@ -209,7 +199,7 @@ class _Search:
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             yield from ((f"a hook of {path}", hook) for hook in space[kind].values())
         root = type(module).__module__.partition(".")[0]
-        if root in _LAZY_MODULES:
+        if root in LAZY_MODULES:
             return
         self.holders.append(Names(path, module))
         yield from ((f"{path}.{name}", v) for name, v in space.items() if name not in _MODULES_OWN)
@@ -217,7 +207,7 @@ class _Search:
 
     def _items(self, path: str, mapping: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
         if len(mapping) <= _MAX_CONTAINER:
-            yield from ((f"{path}[{key!r}]" if _short(key) else path, value) for key, value in mapping.items())
+            yield from ((f"{path}[{key!r}]" if short(key) else path, value) for key, value in mapping.items())
 
     def _callable(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, MethodType):
@@ -225,7 +215,7 @@ class _Search:
             yield path, value.__self__
         elif isinstance(value, functools.partial):
             yield from ((path, part) for part in (value.func, value.args, value.keywords))
-        elif not _is_machinery(value.__module__ or ""):
+        elif not is_machinery(value.__module__ or ""):
             if vars(value):
                 self.holders.append(Names(value.__name__, value))
                 yield from ((f"{value.__name__}.{name}", v) for name, v in vars(value).items())
@@ -233,14 +223,14 @@ class _Search:
             for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                 self.holders.append(holder := Variable(f"{name} in {value.__name__}", cell))
                 yield from ((name, v) for v in holder.read().values())
-            if _is_the_users(value.__module__):
+            if is_the_users(value.__module__):
                 yield from self._globals(value)
 
     def _globals(self, function: FunctionType) -> Iterator[tuple[str, Any]]:
-        mentioned = _names_in(function.__code__)
+        mentioned = names_in(function.__code__)
         spaces = {function.__module__: function.__globals__}
         for value in [function.__globals__.get(name) for name in mentioned]:
-            if isinstance(value, ModuleType) and _is_the_users(value.__name__):
+            if isinstance(value, ModuleType) and is_the_users(value.__name__):
                 spaces[value.__name__] = vars(value)
         for module, space in spaces.items():
             named = {name: space[name] for name in mentioned if name in space}
@@ -248,11 +238,11 @@ class _Search:
             if values:
                 self.holders.append(Globals(module, space, frozenset(values)))
             for name, value in named.items():
-                if name in values or _is_the_users(getattr(value, "__module__", None)):
+                if name in values or is_the_users(getattr(value, "__module__", None)):
                     yield name, value
 
     def _class(self, path: str, cls: type) -> Iterator[tuple[str, Any]]:
-        if not _is_the_users(cls.__module__):
+        if not is_the_users(cls.__module__):
             return
         space = dict(vars(cls))
         plain = {k: v for k, v in space.items() if not k.startswith("__") and not hasattr(v, "__get__")}
@@ -266,9 +256,9 @@ class _Search:
 
     def _object(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         tokenizer = hasattr(type(value), "convert_tokens_to_ids")
-        if tokenizer or any(_is_machinery(cls.__module__) for cls in type(value).__mro__):
+        if tokenizer or any(is_machinery(cls.__module__) for cls in type(value).__mro__):
             return
-        for kind, has in ((Names, _has_attributes(value)), (Slots, _has_slots(type(value)))):
+        for kind, has in ((Names, has_attributes(value)), (Slots, has_slots(type(value)))):
             if has:
                 holder = kind(path, value)
                 self.holders.append(holder)
@@ -281,48 +271,12 @@ _MODULES_OWN = frozenset(vars(nn.Module()))
 
 
 def _class_of(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    yield from ((path, cls) for cls in type(value).__mro__ if _is_the_users(cls.__module__))
+    yield from ((path, cls) for cls in type(value).__mro__ if is_the_users(cls.__module__))
 
 
 def _enumerated(path: str, values: Any) -> Iterator[tuple[str, Any]]:
     if len(values) <= _MAX_CONTAINER:
         yield from ((f"{path}[{i}]", value) for i, value in enumerate(values))
-
-
-def _short(key: Any) -> bool:
-    return isinstance(key, (str, int, float)) and len(str(key)) < 50
-
-
-def _names_in(code: CodeType) -> set[str]:
-    nested = (c for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*map(_names_in, nested))
-
-
-def _has_attributes(value: Any) -> bool:
-    return type(value).__dictoffset__ != 0  # `hasattr` would ask a `__getattr__`
-
-
-def _has_slots(cls: type) -> bool:
-    return any(vars(c).get("__slots__") for c in cls.__mro__)
-
-
-@functools.cache
-def _is_machinery(module: str) -> bool:
-    return any(module == name or module.startswith(name if name[-1] == "_" else name + ".") for name in _NOT_FOLLOWED)
-
-
-def _is_trainer(value: Any) -> bool:
-    return any(cls.__module__ == "transformers.trainer" for cls in type(value).__mro__)
-
-
-@functools.cache
-def _is_the_users(module: str | None) -> bool:
-    """Whether a module is neither Python's own nor an installed package: what is global there may be state."""
-    if module is None or module.partition(".")[0] in (*sys.stdlib_module_names - {"__main__"}, "hf_lqa"):
-        return False
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    paths = sysconfig.get_paths()
-    return not any(file.startswith(paths[kind]) for kind in ("stdlib", "purelib", "platlib")) or not file
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ import operator
 import pickle
 import random
 import sys
+from dataclasses import dataclass
 from types import GeneratorType
 from typing import Any
 
@@ -14,6 +15,36 @@ import torch
 from torch import Tensor
 
 from .holders import ALIKE, Holder, same
+
+
+@dataclass(frozen=True)
+class RNGState:
+    """The state of every random number generator that a forward pass may draw from: Python, NumPy, torch, devices."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    devices: dict[torch.device, Tensor]
+
+    @classmethod
+    def capture(cls, devices: set[torch.device]) -> RNGState:
+        """The present state; `devices` are those of the model, the CPU's is always included."""
+        # NumPy is no dependency: where nobody has imported it, nobody draws from it.
+        numpy = sys.modules.get("numpy")
+        return cls(
+            python=random.getstate(),
+            numpy=numpy.random.get_state() if numpy is not None else None,
+            cpu=torch.get_rng_state(),
+            devices={d: getattr(torch, d.type).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")},
+        )
+
+    def apply(self) -> None:
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
+            getattr(torch, device.type).set_rng_state(state, device)
 
 
 class Stream(Holder):
