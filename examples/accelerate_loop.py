@@ -34,7 +34,6 @@ def main() -> None:
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=16, shuffle=True)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 4))
 
-    # Without a schedule, so without a final_factor: the rate that is found is for one that stays.
     steps = args.epochs * math.ceil(math.ceil(len(loader) / accelerator.num_processes) / args.accumulate)
     lqa = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), total_steps=steps)
     model, optimizer, loader = accelerator.prepare(model, lqa, loader)

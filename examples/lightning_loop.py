@@ -20,7 +20,7 @@ from hf_lqa import LQA, ReplayedLoss
 
 
 class Classifier(lightning.LightningModule):
-    """Differs from a module with AdamW in the optimizer and in how the loss is computed and handed to ``step``."""
+    """A small classifier. It differs from one under AdamW in its optimizer, and in how ``step`` gets the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
-        optimizer = LQA(torch.optim.AdamW(self.parameters(), lr=1.0), total_steps=steps, final_factor=0.05)
+        optimizer = LQA(torch.optim.AdamW(self.parameters(), lr=1.0), total_steps=steps)
         return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lqa import LQA, ReplayedLoss, fit_losses
 from hf_lqa.direction import Direction
-from hf_lqa.policy import PaperPolicy
+from hf_lqa.rule.radius import Radius, RadiusConfig, radius
 
 DARK, BLUE, ORANGE = "#000000", "#0072B2", "#E69F00"
 
@@ -45,7 +45,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(classes)).train()
 
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), total_steps=args.step)
     for step in range(1, args.step + 1):
         batch = random.sample(rows, args.batch_size)
         texts = [row["text"] for row in batch]
@@ -65,9 +65,11 @@ def main() -> None:
         direction.move_to(distance)
         return float(closure())
 
-    radius = PaperPolicy().radius(loss.item(), direction.slope().item())
-    losses = [loss_at(x) for x in (-radius, 0, radius)]
-    fit = fit_losses(*losses, radius)
+    reach = radius(RadiusConfig(), Radius(), loss.item(), direction.slope().item(), None)
+    if reach is None:
+        raise SystemExit(f"--step {args.step}: its loss or gradient is 0 or not finite; try another step")
+    losses = [loss_at(x) for x in (-reach, 0, reach)]
+    fit = fit_losses(*losses, reach)
     print(fit)
     if fit.step_size is None:
         raise SystemExit(f"--step {args.step}: there is no minimum to draw; try another step")
@@ -75,13 +77,13 @@ def main() -> None:
     def parabola(distance: float) -> float:
         return losses[1] + fit.slope * distance + fit.curvature / 2 * distance**2
 
-    start, end = -1.6 * radius, max(1.6 * radius, 1.7 * fit.step_size)
+    start, end = -1.6 * reach, max(1.6 * reach, 1.7 * fit.step_size)
     xs = [start + (end - start) * i / (args.points - 1) for i in range(args.points)]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(xs, [loss_at(x) for x in xs], color=DARK, label="the loss itself")
     axes.plot(xs, [parabola(x) for x in xs], color=BLUE, linestyle="--", label="parabola through three losses")
-    axes.plot([-radius, 0, radius], losses, color=BLUE, linestyle="none", marker="o", label="the three losses")
+    axes.plot([-reach, 0, reach], losses, color=BLUE, linestyle="none", marker="o", label="the three losses")
     style = {"color": ORANGE, "linestyle": "none", "marker": "*", "markersize": 14, "markeredgecolor": DARK}
     axes.plot([fit.step_size], [parabola(fit.step_size)], label=f"its minimum: {fit.step_size:.2g}", **style)
     axes.set_xlabel("learning rate: distance along the negative gradient")

@@ -33,8 +33,8 @@ def main() -> None:
     )
     model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 
-    # lr multiplies what is measured; the other two are what a Trainer would say of the schedule.
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), total_steps=args.steps, final_factor=0.05)
+    # lr multiplies what is measured; total_steps is what a Trainer would say.
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), total_steps=args.steps)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=args.steps)
     for step in range(args.steps):
         rows = torch.randint(len(points), (args.batch_size,))

@@ -21,7 +21,7 @@ from hf_lqa.plot import plot
 
 
 class LQASFTTrainer(LQATrainerMixin, SFTTrainer):
-    """Differs from `SFTTrainer` in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
+    """TRL's `SFTTrainer` without a learning rate to choose: ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ USAGE = "usage: python -m hf_lqa SCRIPT [ARGS...]\n       python -m hf_lqa -m MO
 
 
 class _Swapped(LQATrainerMixin):
-    """Differs from the mixin in that the classes made with it are nobody's subclasses to register or to check."""
+    """The mixin for a script's own Trainer class. Unlike its parent, it makes subclasses that no hook hears of."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass

@@ -110,7 +110,7 @@ class LogLines:
 
 
 class Announcement(TrainerCallback):
-    """Differs from a plain callback in that it says, before and after training, what LQA will do and has done."""
+    """The two lines that a Trainer prints, before and after training: what LQA will do, and what it has done."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer

@@ -173,8 +173,12 @@ def _draw_runs(figure_class: Any, logs: Mapping[str, Sequence[dict[str, Any]]]) 
 
 def _draw_details(figure_class: Any, log: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Any:
     """Everything about one run with LQA."""
-    figure = figure_class(figsize=(7, 10), layout="constrained")
-    loss, rate, slopes, curvature, verdicts = figure.subplots(5, sharex=True, height_ratios=[3, 3, 2, 2, 1.3])
+    agreements = _series(log, "lqa_sign_agreement")
+    heights = [3, 3, *([2] if agreements[0] else []), 2, 2, 1.3]
+    figure = figure_class(figsize=(7, 0.9 * sum(heights)), layout="constrained")
+    loss, rate, *agreement, slopes, curvature, verdicts = figure.subplots(
+        len(heights), sharex=True, height_ratios=heights
+    )
 
     _draw_loss(loss, log)
     loss.legend(fontsize="small")
@@ -182,18 +186,19 @@ def _draw_details(figure_class: Any, log: Sequence[dict[str, Any]], measured: Se
     _draw_rate(rate, log)
     _draw_band(rate, log)
     steps, sizes = _series(log, "lqa_base_step_size")
-    rate.plot(steps, sizes, color=_BLUE, linestyle="--", label="base step size, before warm-up and schedule")
+    rate.plot(steps, sizes, color=_BLUE, linestyle="--", label="base step size, before ramp and schedule")
     rate.legend(fontsize="small")
+
+    for axes in agreement:  # lqa_paper measures none
+        axes.plot(*agreements, color=_BLUE, marker="^", markersize=3, linewidth=0.8)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_ylabel("sign agreement\n(below 0: go on)")
 
     at = [entry["lqa_probe_step"] for entry in measured]
     values = [entry["fit"].slope for entry in measured]
-    slopes.plot(at, values, color=_DARK, linestyle="none", marker="o", markersize=4, label="at the start of a step")
-    steps, values = _series(log, "lqa_end_slope")
-    style = {"color": _ORANGE, "marker": "^", "markersize": 3, "linewidth": 0.8, "linestyle": "--"}
-    slopes.plot(steps, values, label="at the end, next batch", **style)
+    slopes.plot(at, values, color=_DARK, linestyle="none", marker="o", markersize=4)
     slopes.axhline(0, color="0.6", linewidth=0.8)
     slopes.set_ylabel("slope\n(loss / learning rate)")
-    slopes.legend(fontsize="small")
 
     values = [entry["fit"].curvature for entry in measured]
     curvature.plot(at, values, color=_DARK, linestyle="none", marker="o", markersize=4)

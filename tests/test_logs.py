@@ -40,7 +40,9 @@ def own(line):
 
 
 def test_an_ordinary_line_has_three_keys_at_most_and_what_is_measured_is_in_one(tmp_path):
-    trainer, steps = recorded(tmp_path, max_steps=70, eval_strategy="steps", eval_steps=10, optim_args="tau=0.01")
+    trainer, steps = recorded(
+        tmp_path, max_steps=70, eval_strategy="steps", eval_steps=10, optim_args="probe_interval=25"
+    )
     ordinary = [own(line) for line in lines(trainer) if "lqa_probe_step" not in line]
     assert len(ordinary) > 60 and all(0 < len(line) <= 3 and "lqa_base_step_size" in line for line in ordinary)
     probed = [i for i, step in enumerate(steps) if step["probe_step"] == i]
@@ -60,15 +62,15 @@ def test_an_ordinary_line_has_three_keys_at_most_and_what_is_measured_is_in_one(
 def test_what_is_left_out_is_what_was_logged_last(tmp_path):
     """Reading a log downwards, and keeping what a line does not have, gives back what every step had."""
     trainer, steps = recorded(tmp_path, max_steps=60)
-    known, slopes = {"lqa_multiplier_min": 1.0, "lqa_multiplier_max": 1.0}, 0
+    known, agreements = {"lqa_multiplier_min": 1.0, "lqa_multiplier_max": 1.0}, 0
     for line, step in zip(lines(trainer), steps, strict=True):
         known |= own(line)
-        multipliers = step["relative_rates"] or [1.0]
+        multipliers = step["multipliers"] or [1.0]
         assert (known["lqa_multiplier_min"], known["lqa_multiplier_max"]) == (min(multipliers), max(multipliers))
-        if known.get("lqa_end_slope") != step["end_slope"]:  # no room in the line
+        if known.get("lqa_sign_agreement") != step["agreement"]:  # no room in the line
             assert len(own(line)) == 3
-        slopes += "lqa_end_slope" in line
-    assert slopes > 30 and known["lqa_multiplier_min"] < 1 < known["lqa_multiplier_max"]
+        agreements += "lqa_sign_agreement" in line
+    assert agreements > 15 and known["lqa_multiplier_min"] < 1 < known["lqa_multiplier_max"]
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -129,13 +131,13 @@ def test_tensorboard_has_the_rate_that_was_applied_and_what_it_came_from(tmp_pat
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     warned = []
     monkeypatch.setattr(integration_utils.logger, "warning", lambda *message: warned.append(message))
-    trainer = trained(tmp_path, report_to=["tensorboard"], optim_args="warmup=2,probe_interval=4", max_steps=40)
+    trainer = trained(tmp_path, report_to=["tensorboard"], optim_args="probe_interval=4", max_steps=40)
     (folder,) = {path.parent for path in (tmp_path / "events").rglob("events.*")}
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
     names = {key for line in lines(trainer) for key in own(line)} | {"learning_rate"}
     verdicts = {name for name in names if name.startswith("lqa_verdict_")}
-    measured = {f"lqa_{name}" for name in [*MEASURED, "fit_step_size", "base_step_size", "end_slope"]}
+    measured = {f"lqa_{name}" for name in [*MEASURED, "fit_step_size", "base_step_size", "sign_agreement"]}
     never = {"lqa_searched", "lqa_skipped"}  # but at the end
     measured |= {"lqa_multiplier_min", "lqa_multiplier_max", "lqa_probe_forwards", "lqa_rejected", *never}
     assert measured | verdicts | {"learning_rate"} == names | never and verdicts
@@ -237,7 +239,7 @@ def test_hyperparameter_search(tmp_path):
             super().log(logs, *more, **kwargs)
             if "loss" in logs:
                 rates.append(logs["learning_rate"])
-                clipped.append(self.lqa.policy.probe_interval)
+                clipped.append(self.lqa.rule.config.probe_interval)
 
     trainer = Watching(args=args, model_init=lambda: tiny_bert(), train_dataset=rows(64), eval_dataset=rows(64))
 

@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lqa")
-    trainer = trained(folder, max_steps=24, optim_args="probe_interval=1,warmup=0")
+    trainer = trained(folder, max_steps=24, optim_args="probe_interval=1")
     trainer.save_state()
     return folder, trainer
 
@@ -72,28 +72,36 @@ def test_the_band_is_from_the_slowest_to_the_fastest_tensor(tmp_path, drawn):
     (band,) = drawn[0].axes[1].collections
     vertices = band.get_paths()[0].vertices.tolist()
     for step, decided in enumerate(recorder.steps, start=1):
-        multipliers, rate = decided["relative_rates"] or [1.0], decided["step_size"]
+        multipliers, rate = decided["multipliers"] or [1.0], decided["step_size"]
         for end in (min(multipliers), max(multipliers)):
             assert [step, pytest.approx(rate * end)] in vertices
-    assert min(recorder.steps[-1]["relative_rates"]) < 1 < max(recorder.steps[-1]["relative_rates"])
+    assert min(recorder.steps[-1]["multipliers"]) < 1 < max(recorder.steps[-1]["multipliers"])
 
 
 def test_details_are_everything_that_was_measured(run, drawn):
     folder, trainer = run
     path = plot(folder, details=True)
     assert path == folder / "lqa_details.png" and is_png(path)
-    log, (_, rate, slopes, curvature, verdicts) = read_log(folder), drawn[0].axes
-    label = "base step size, before warm-up and schedule"
+    log, (_, rate, agreement, slopes, curvature, verdicts) = read_log(folder), drawn[0].axes
+    label = "base step size, before ramp and schedule"
     assert curve(rate, label) == column(log, "lqa_base_step_size")
     measured = column(log, "lqa_probe_step")[1]
-    assert curve(slopes, "at the start of a step") == (measured, column(log, "lqa_slope")[1])
-    assert curve(slopes, "at the end, next batch") == column(log, "lqa_end_slope")
+    steps, signs = column(log, "lqa_sign_agreement")
+    assert ([*agreement.lines[0].get_xdata()], [*agreement.lines[0].get_ydata()]) == (steps, signs) and len(steps) > 10
+    assert [*slopes.lines[0].get_xdata()] == measured and [*slopes.lines[0].get_ydata()] == column(log, "lqa_slope")[1]
     assert [*curvature.lines[0].get_ydata()] == column(log, "lqa_curvature")[1]
     counted = {
         line.get_text(): trainer.lqa.counts[line.get_text().replace(" ", "_")] for line in verdicts.get_yticklabels()
     }
     assert sorted(counted.values()) == sorted(len(line.get_xdata()) for line in verdicts.lines)
     assert sum(counted.values()) == len(measured) == 24
+
+
+def test_details_of_the_published_rule_have_no_sign_agreement(tmp_path, drawn):
+    trained(tmp_path, optim="lqa_paper", max_steps=4).save_state()
+    plot(tmp_path, details=True)
+    labels = [axes.get_ylabel().partition("\n")[0] for axes in drawn[0].axes]
+    assert labels == ["loss", "learning rate", "slope", "curvature", "fits"]
 
 
 def test_a_window(run, tmp_path, monkeypatch):
@@ -167,7 +175,7 @@ def test_the_last_checkpoint_will_do(tmp_path):
 
 def test_the_schedule_is_what_lies_between_base_step_size_and_rate(run):
     for entry in read_log(run[0]):
-        if "loss" in entry and entry["step"] > 12:  # the longest ramp
+        if "loss" in entry and entry["step"] > 3:  # the ramp
             factor = 1 - (entry["step"] - 1) / 24
             assert entry["learning_rate"] == pytest.approx(factor * entry["lqa_base_step_size"])
 

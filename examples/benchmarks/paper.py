@@ -24,7 +24,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Arrays(torch.utils.data.Dataset):
-    """Differs from a list of rows in that a batch is cut out at once."""
+    """Inputs and labels as a data set. Unlike from a list of rows, a batch is cut out at once."""
 
     def __init__(self, inputs: Tensor, labels: Tensor):
         self.inputs, self.labels = inputs, labels
@@ -40,7 +40,7 @@ class Arrays(torch.utils.data.Dataset):
 
 
 class WithLoss(nn.Module):
-    """Differs from the module it wraps in that it returns the loss, too."""
+    """A module as a Trainer wants it. Unlike the one that it wraps it returns the loss, too."""
 
     def __init__(self, module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()

@@ -26,7 +26,7 @@ def _nothing() -> Tensor:
 
 
 class WithBatch(torch.optim.Optimizer):
-    """Differs from `Optimizer` in that the loop tells it of each batch, see the module's docstring."""
+    """An optimizer that looks at losses. Unlike others it is told of each batch, see the module's docstring."""
 
     batch_loss: Tensor
     batch_closure: Closure = staticmethod(_nothing)
