@@ -21,7 +21,10 @@ from methods import Method, parse_method
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from hf_lqa import LQATrainer
+from hf_lqa import LQA, LQAAdamW, LQACallback, LQATrainer
+
+#: The method in which a Trainer knows nothing of LQA, and no closure is given.
+STOCK = "lqa_adamw"
 
 
 def with_constants(config: Any, constants: dict[str, str]) -> Any:
@@ -44,8 +47,8 @@ class BenchmarkTrainer(LQATrainer):
     """The Trainer of all benchmark runs. Unlike `LQATrainer` it can also run a peer, which it tells of each batch."""
 
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
-        super().__init__(*args, **kwargs)
         self.method = method
+        super().__init__(*args, **kwargs)
         self.peer: peers.Peer | None = None
         self.fresh: Any = None
         self.remove_callback(PrinterCallback)
@@ -54,11 +57,19 @@ class BenchmarkTrainer(LQATrainer):
         if self.method.name in formulas.FORMULAS:
             self.optimizer = formulas.adamw(self.method.name, self.model)
             return self.optimizer
+        if self.method.name == STOCK:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = LQAAdamW(trained, weight_decay=0.0)
+            return self.optimizer
         if self.method.name not in peers.PEERS:
             return super().create_optimizer(*args, **kwargs)
         self.peer = peers.build(self.method.name, self.model, self.method.rate)
         self.optimizer = self.peer.optimizer
         return self.optimizer
+
+    @property
+    def lqa(self) -> LQA | None:
+        return super().lqa if self.method.name != STOCK else None
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         if self.lqa is not None and self.method.constants:
@@ -133,7 +144,7 @@ class AfterStep(transformers.TrainerCallback):
 
 def arguments(folder: str, method: Method, seed: int, options: argparse.Namespace) -> TrainingArguments:
     given: dict[str, Any] = {}
-    if method.name not in peers.PEERS and method.name not in formulas.FORMULAS:
+    if method.name not in (*peers.PEERS, *formulas.FORMULAS, STOCK):
         optim = {"adamw": "adamw_torch_fused"}.get(method.name, method.name)
         given = {"optim": optim, "optim_args": ",".join(method.options) or None}
         if method.rate is not None:
@@ -190,6 +201,8 @@ def train(data: Loaded, name: str, seed: int, options: argparse.Namespace) -> di
             method=method,
         )
         trainer.add_callback(AfterStep(trainer))
+        if method.name == STOCK:
+            trainer.add_callback(LQACallback())
         if data.trivial is None:
             # Evaluation draws a number; the first run of a task must not have others than those after it.
             with torch.random.fork_rng():
