@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .groups import ELEMENTWISE, with_gradient
 from .products import ACCELERATOR_PIECE, runs
-from .slopes import count_nonzero, dot, local, local_part, squares_of
+from .slopes import count_nonzero, dot, local, local_part
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
 #: accelerator, if they go by pieces, for one of these at least: short steps would cost more than a little memory.
@@ -242,9 +242,12 @@ class Direction:
         """
         every = [p for group in base.param_groups for p in group["params"]]
         factor = dict(zip(every, multipliers, strict=True)) if multipliers else {}
-        own = [self.unit / factor.get(p, 1.0) for p in self.params]
-        squares = squares_of(self.tensors)
-        return (squares * squares.new_tensor(own).square()).sum(), count_nonzero(self.tensors)
+        alike: dict[float, list[Tensor]] = {}
+        for p, update in zip(self.params, self.tensors, strict=True):
+            alike.setdefault(factor.get(p, 1.0), []).append(update)
+        # Each factor's apart: one vector of all factors would have to be copied to an accelerator, and waited for.
+        squares = [(self.unit / by) ** 2 * dot(updates, updates) for by, updates in alike.items()]
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum(), count_nonzero(self.tensors)
 
 
 def _is_gradient_descent(base: torch.optim.Optimizer) -> bool:

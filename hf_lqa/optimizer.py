@@ -283,7 +283,7 @@ class LQA(torch.optim.Optimizer):
         if probed is not None:
             self.last_probe = probed.record
             self._prober.observed(probed)
-        elif begun is not None:
+        elif begun is not None and math.isfinite(begun):
             self.rule.start(begun)
         self._advance(multiplier)
         if not self.wants_probe:

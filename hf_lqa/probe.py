@@ -54,7 +54,8 @@ def _reshard(model: nn.Module) -> None:
 
 
 class TrainerProbe(ReplayedLoss):
-    """Differs from `ReplayedLoss` in what it leaves untouched: also the Trainer itself, its log, and FSDP2's shards.
+    """The loss of one step of a Trainer, replayed. Beyond `ReplayedLoss` it leaves untouched the Trainer, its log, and
+    FSDP2's shards.
 
     Args:
         trainer: the Trainer; its ``compute_loss`` is what is replayed.

@@ -55,7 +55,8 @@ class Probed:
     Attributes:
         record: what it measured.
         slope: ``<gradient, direction>``; the step is skipped if it is not finite.
-        begun: the step size that shapes give, in units of the direction; NaN after the first probe.
+        begun: the step size that shapes give, in units of the direction; NaN after the first probe, and where it is
+            not known.
     """
 
     record: ProbeRecord
@@ -106,9 +107,10 @@ class Prober:
         """What a first probe gives where there is no closure: the direction is looked at, and no loss computed.
 
         Returns:
-            The step size that shapes give, in units of the direction.
+            The step size that shapes give, in units of the direction; NaN where no gradient says what that is.
         """
-        return self._begun(step.read(*Direction(base).size(base, multipliers)))
+        direction = Direction(base)
+        return self._begun(*step.read(direction.slope(), *direction.size(base, multipliers)))
 
     def probe(
         self, base: torch.optim.Optimizer, multipliers: list[float], closure: Callable[[], Tensor], step: Step
@@ -172,7 +174,7 @@ class Prober:
         begun, said = math.nan, radius(self.config, self.state, center, slope, step_size)
         reach = said
         if first:
-            begun = self._begun(size)
+            begun = self._begun(slope, *size)
             reach = first_radius(self.config, center, slope, begun)
             reach = min(reach, nearer) if reach is not None else None
         minus = plus = math.nan
@@ -207,10 +209,12 @@ class Prober:
         record = ProbeRecord(step.number, math.nan if reach is None else reach, minus, center, plus, fit, by_loss)
         return Probed(record, slope, begun)
 
-    def _begun(self, size: Sequence[float]) -> float:
-        """The rule's prior, of what a step moves an element by, in units of a direction of that size."""
-        square, count = size
-        return self.rule.prior / math.sqrt(square / count) if square > 0 and count > 0 else self.rule.prior
+    def _begun(self, slope: float, square: float, count: float) -> float:
+        """The rule's prior, of what a step moves an element by, in units of a direction of that size.
+
+        NaN without a slope: of such a direction, 0 or weight decay alone, the next one need not have the scale.
+        """
+        return self.rule.prior / math.sqrt(square / count) if slope and square > 0 and count > 0 else math.nan
 
     def _can_replay(
         self, closure: Callable[[], Tensor], direction: Direction, hindered: Sequence[float], step: Step

@@ -14,7 +14,6 @@ Nothing here knows tensors, and nothing here raises on numerical trouble: troubl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -150,55 +149,3 @@ def is_beyond(loss_minus: float, loss_center: float, loss_plus: float, fall: flo
         return True
     rises = ahead > 2 * noise and behind > -ahead / 2
     return rises or abs(ahead + behind) / 2 > _BENT * fall + 2 * noise
-
-
-def fit_slopes(slope_start: float, slope_end: float, step_size: float, *, max_step: float = math.inf) -> Fit:
-    """Fit the parabola through the slopes at the two ends of a step that was taken.
-
-        curvature   = (slope_end - slope_start) / step_size
-        minimiser   = step_size * slope_start / (slope_start - slope_end)
-
-    Args:
-        slope_start: ``phi'(0)``, loss per unit step; any float.
-        slope_end: ``phi'(step_size)``, loss per unit step; any float.
-        step_size: where `slope_end` was measured, in units of the direction; finite and ``> 0``.
-        max_step: as in `fit_losses`.
-
-    Raises:
-        ValueError: `step_size` is not a finite number ``> 0`` or `max_step` is not ``> 0``.
-    """
-    if not (math.isfinite(step_size) and step_size > 0):
-        raise ValueError(f"step_size={step_size!r}: the step that was taken must be a finite number > 0")
-    if not max_step > 0:
-        raise ValueError(f"max_step={max_step!r}: the largest step size must be > 0")
-    return _minimiser(slope_start, (slope_end - slope_start) / step_size, max_step)
-
-
-def end_ratio(starts: Sequence[float], ends: Sequence[float], weights: Sequence[float], quantile: float = 0.5) -> float:
-    """What is left of the slope at the end of a step, for the typical weight: the median of ``end / |start|``.
-
-    For a parabola that falls at the start, ``minimiser / step_size = 1 / (1 + end / |start|)``: -1 means that the slope
-    has not changed, 0 that the step ended at the minimum, 1 that it went twice as far.
-
-    The median is over parameters, because a few of them (a fresh head, biases) can make up most of a slope while the
-    step size is that of all.
-
-    Args:
-        starts, ends: each parameter's share of the slope, loss per unit step; any floats.
-        weights: how much it counts, ``>= 0``.
-        quantile: of the ratios that is returned, in (0, 1], instead of the median.
-
-    Returns:
-        The quantile, clipped to [-0.97, 1]; NaN if no parameter has finite slopes with ``start != 0``.
-    """
-    ratios = sorted(
-        (end / abs(start), weight)
-        for start, end, weight in zip(starts, ends, weights, strict=True)
-        if math.isfinite(start) and math.isfinite(end) and start != 0
-    )
-    enough, below = quantile * sum(weight for _, weight in ratios), 0.0
-    for ratio, weight in ratios:
-        below += weight
-        if below >= enough:
-            return min(max(ratio, -0.97), 1.0)
-    return math.nan

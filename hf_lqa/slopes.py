@@ -82,15 +82,10 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     return _shares(left, products(local(left), local(right))).sum()
 
 
-def squares_of(tensors: list[Tensor]) -> Tensor:
-    """``<tensor_i, tensor_i>`` as one vector, as `dot`."""
-    return _shares(tensors, products(local(tensors), local(tensors)))
-
-
 def count_nonzero(tensors: list[Tensor]) -> Tensor:
     """The number of elements of all tensors that are not 0, a 0-dim tensor in float32, as `dot`."""
-    counts = torch.stack([torch.count_nonzero(t).float() for t in local(tensors)])
-    return _shares(tensors, counts).sum()
+    counts = [torch.count_nonzero(t).float() for t in local(tensors)]
+    return _shares(tensors, torch.stack([count.to(counts[0].device) for count in counts])).sum()
 
 
 def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:

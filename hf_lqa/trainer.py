@@ -41,7 +41,7 @@ class _ServesBases:
 
 
 class LQATrainerMixin(_Trainer):
-    """Differs from a Trainer in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``.
+    """Gives any Trainer class the optimizers ``lqa``, ``lqa_sgd`` and ``lqa_paper``, by their names in ``optim``.
 
     Put it before any Trainer class: ``class MyTrainer(LQATrainerMixin, SFTTrainer): ...``. With another ``optim`` it
     changes nothing, except that an `LQA` given as ``optimizers=(lqa, None)`` gets its probes too.
@@ -285,8 +285,8 @@ class LQATrainerMixin(_Trainer):
 
 
 class LQATrainer(LQATrainerMixin, Trainer):
-    """Differs from `Trainer` in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
+    """A `Trainer` that chooses the learning rate itself, where ``optim`` is ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
 
 
 class LQASeq2SeqTrainer(LQATrainerMixin, Seq2SeqTrainer):
-    """Differs from `Seq2SeqTrainer` in that ``optim`` may be ``lqa``, ``lqa_sgd`` or ``lqa_paper``."""
+    """A `Seq2SeqTrainer` that does the same."""

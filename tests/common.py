@@ -119,13 +119,14 @@ class Recorder(TrainerCallback):
         trainer.add_callback(self)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lqa, probe = self.trainer.lqa, self.trainer.lqa.last_probe
+        lqa, probe, measured = self.trainer.lqa, self.trainer.lqa.last_probe, self.trainer.lqa.last_measurement
         self.steps.append(
             {
                 "step": state.global_step,
                 "step_size": lqa.step_size,
-                "relative_rates": lqa.relative_rates,
-                "end_slope": lqa.last_end_slope,
+                "multipliers": lqa.multipliers,
+                "agreement": measured.agreement if measured else None,
+                "slopes": list(measured.slopes) if measured else None,
                 "forwards": lqa.counts["probe_forwards"],
                 "probe_step": probe.step if probe else None,
                 "slope": probe.fit.slope if probe else None,
@@ -162,7 +163,7 @@ class WithoutLQA(TrainerCallback):
         step = next(self.steps)
         for group in optimizer.param_groups:
             group["lr"] = step["step_size"]
-        self.rescaled = rescaled(optimizer.optimizer, 1.0, step["relative_rates"])
+        self.rescaled = rescaled(optimizer.optimizer, 1.0, step["multipliers"])
         self.rescaled.__enter__()
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -48,19 +48,6 @@ class Dies(TrainerCallback):
             os._exit(3)
 
 
-class Votes(TrainerCallback):
-    """Keeps what the elements vote, which these models' policies would not ask for."""
-
-    def __init__(self, trainer: LQATrainer):
-        self.trainer, self.cast = trainer, []
-        trainer.add_callback(self)
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        beginning = self.trainer.lqa._beginning
-        if beginning is not None:
-            self.cast.append(float(beginning.vote()))
-
-
 class WithAutograd(TrainerCallback):
     """Has all replays run as those of losses that differentiate."""
 
@@ -99,7 +86,7 @@ def run(spec: dict[str, Any]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         options["ddp_backend"] = "gloo"
     trainer = LQATrainer(model, arguments(out / "trainer", **options), train_dataset=data)
-    recorder, votes = Recorder(trainer), Votes(trainer)
+    recorder = Recorder(trainer)
     if spec.get("autograd"):
         trainer.add_callback(WithAutograd(trainer))
     if "dies" in spec:
@@ -111,7 +98,6 @@ def run(spec: dict[str, Any]) -> None:
         torch.save(state, out / "weights.pt")
     found = {
         "steps": recorder.steps,
-        "votes": votes.cast,
         "type": trainer.accelerator.distributed_type.value,
         "precision": trainer.accelerator.mixed_precision,
         "sharded": any(hasattr(p, "full_tensor") for g in trainer.lqa.param_groups for p in g["params"]),

@@ -5,7 +5,7 @@
 Any text will do. It exits with an error unless
 
 - every step, probed or not, moved the weights bit for bit as a twin of the base optimizer does at the rates that were
-  reported, and a rejected fit did not change the level;
+  reported, and a rejected fit did not change the step size;
 - the counters add up to the steps and probes that were seen;
 - memory is flat: the resident set's median of the last quarter is at most 4 MiB above that of the second quarter.
 """
@@ -39,13 +39,13 @@ class Inspector(TrainerCallback):
         self.process = psutil.Process()
         self.memory: list[int] = []
         self.verdicts: dict[str, int] = {}
-        self.steps = self.probes = self.different = self.level_moved = self.forwards = 0
+        self.steps = self.probes = self.different = self.moved = self.forwards = 0
         trainer.add_callback(self)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         lqa = self.trainer.lqa
         assert lqa is not None
-        self.level, self.last_probe, self.skipped = lqa.policy.step_size, lqa.last_probe, lqa.counts["skipped"]
+        self.held, self.last_probe, self.skipped = lqa.base_step_size, lqa.last_probe, lqa.counts["skipped"]
         self.groups = []
         for group in lqa.base.param_groups:
             twins = []
@@ -59,7 +59,7 @@ class Inspector(TrainerCallback):
         lqa = self.trainer.lqa
         assert lqa is not None
         base = type(lqa.base)([{**group, "params": [t]} for group in self.groups for t, _, _ in group["params"]])
-        rates = lqa.relative_rates or [1.0] * len(base.param_groups)
+        rates = lqa.multipliers or [1.0] * len(base.param_groups)
         for group, rate in zip(base.param_groups, rates, strict=True):
             group["lr"] = lqa.step_size * rate
         for twin, _, state in (entry for group in self.groups for entry in group["params"]):
@@ -74,8 +74,8 @@ class Inspector(TrainerCallback):
             self.probes += 1
             self.forwards += 2 if probe.radius == probe.radius else 0  # NaN: there was no radius to probe at
             self.verdicts[str(probe.fit.verdict)] = self.verdicts.get(str(probe.fit.verdict), 0) + 1
-            if not probe.fit.verdict.usable and lqa.policy.name == "paper" and self.level is not None:
-                self.level_moved += lqa.policy.step_size != self.level
+            if not probe.fit.verdict.usable and lqa.rule.name == "paper" and self.held is not None:
+                self.moved += lqa.base_step_size != self.held
         del self.groups
         self.memory.append(self.process.memory_info().rss)
 
@@ -133,7 +133,7 @@ def main() -> int:
         "verdicts": inspector.verdicts,
         "rejected": lqa.rejected,
         "steps_unlike_the_base": inspector.different,
-        "levels_moved_by_rejected_fits": inspector.level_moved,
+        "step_sizes_moved_by_rejected_fits": inspector.moved,
         "memory_mib": round(last / MIB, 1),
         "growth_mib": round((last - second) / MIB, 2),
         "bytes_per_step": round(slope),
@@ -142,7 +142,7 @@ def main() -> int:
     }
     print(json.dumps(found))
     wrong = []
-    if inspector.different or inspector.level_moved:
+    if inspector.different or inspector.moved:
         wrong.append("a step was not the base optimizer's at the held rate")
     if lqa.counts["steps"] != options.steps or inspector.steps != options.steps:
         wrong.append(f"steps: {lqa.counts}")

@@ -549,11 +549,17 @@ class StepsTooSoon(TrainerCallback):
         optimizer.optimizer.step()
 
 
-def test_a_callback_that_steps_before_the_step_is_complete_is_an_error(tmp_path):
-    args = arguments(tmp_path, gradient_accumulation_steps=2, **SHORT)
-    trainer = LQATrainer(tiny_bert(), args, train_dataset=rows(32), callbacks=[StepsTooSoon()])
-    with pytest.raises(ValueError, match=r"without a closure before any step size was measured"):
+def test_a_callback_that_steps_before_the_step_is_complete_is_an_error_where_a_loss_is_needed(tmp_path):
+    for optim in ("lqa_paper", "lqa"):
+        args = arguments(tmp_path, optim=optim, gradient_accumulation_steps=2, **SHORT)
+        trainer = LQATrainer(tiny_bert(), args, train_dataset=rows(32), callbacks=[StepsTooSoon()])
+        if optim == "lqa_paper":
+            with pytest.raises(ValueError, match=r"without a closure before any step size was measured"):
+                trainer.train()
+            continue
         trainer.train()
+        # As in a stock Trainer: two steps of its own, and one in the middle of each.
+        assert trainer.lqa.counts["steps"] == 4 and trainer.lqa.last_probe is None
 
 
 def test_another_optim_keeps_a_methods_optimizer_as_it_is(tmp_path):

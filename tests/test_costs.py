@@ -1,6 +1,8 @@
 """What steps launch on an accelerator and what they wait for, counted on tensors that only claim to be on one."""
 
 import dataclasses
+import math
+import random
 from collections import Counter
 
 import pytest
@@ -10,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lqa import LQA, groups, slopes
-from hf_lqa.cross_batch import CrossBatchPolicy
 from hf_lqa.direction import Direction
 from hf_lqa.groups import Division, rescaled
+from hf_lqa.rule.multipliers import MultiplierConfig, Multipliers, rounded
 
 #: What only looks at a tensor, or finds memory for one.
 NO_LAUNCH = {
@@ -54,8 +56,8 @@ class Read:
         self.reads += 1
         if self.count == 2:  # the losses behind and ahead, on the line through the first two of the others
             return [0.515, 0.485]
-        # The third is the square of a norm at a first probe.
-        return [0.5, *(4.0 if i == 2 else -2.0 - i % 7 for i in range(1, self.count))]
+        # Of a first probe the last two are the direction's square and its number of elements.
+        return [0.5, *(4.0 if i >= self.count - 2 else -2.0 - i % 7 for i in range(1, self.count))]
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ BASES = [("fused", (0.0,)), ("foreach", (0.0,)), ("fused", (0.1, 0.0)), ("foreac
 
 @pytest.mark.parametrize("kind, decay", BASES)
 def test_an_ordinary_step_dispatches_what_the_base_dispatches_and_waits_for_the_norm_alone(kind, decay, on_cuda):
-    _, read, step = with_lqa(parameters(20), kind, decay, policy="paper", probe_interval=100)
+    _, read, step = with_lqa(parameters(20), kind, decay, rule="paper", probe_interval=100)
     step()
     expected = base_step(parameters(20), kind, decay)
     launches, waits = counted(step, read)
@@ -140,11 +142,11 @@ def test_an_ordinary_step_dispatches_what_the_base_dispatches_and_waits_for_the_
 @pytest.mark.parametrize("decay", [(0.0,), (0.0, 0.0), (0.1, 0.0)])
 def test_different_rates_multiply_launches_by_their_number_at_most(kind, decay, on_cuda):
     lqa, read, step = with_lqa(parameters(12), kind, decay)
-    lqa.policy.wants_end_slope = lambda step: False
+    lqa.rule.wants_measurement = lambda step: False
     step()
-    lqa.policy.rates = [2.0 ** (i % 5 / 2 - 1) for i in range(24)]
+    lqa.rule.state = Multipliers.started([2.0 ** (i % 5 / 2 - 1) for i in range(24)])
     step()
-    assert not lqa._move.awaits_ends and not lqa.wants_probe
+    assert len({*lqa.multipliers}) == 5 and not lqa.wants_probe
     launches, waits = counted(step, read)
     # Param groups of the same options are divided as one.
     one, _ = base_step(parameters(12), kind, tuple(dict.fromkeys(decay)))
@@ -152,46 +154,61 @@ def test_different_rates_multiply_launches_by_their_number_at_most(kind, decay, 
     assert waits == 1
 
 
-def test_relative_rates_are_of_thirteen_values_at_most_and_of_five_in_a_long_run():
-    for observations, most in ((0, 13), (25, 13), (100, 5), (1000, 5)):
-        policy = CrossBatchPolicy()
-        torch.manual_seed(0)
-        policy.starts = [-1.0] * 500
-        policy.log_rates = (5 * torch.randn(500)).tolist()
-        policy.observations = observations
-        policy._balance([100] * 500)
-        assert 3 <= len(set(policy.rates)) <= most
+def test_multipliers_are_of_nine_values_at_most_and_of_fifteen_with_a_head():
+    generator, bound = random.Random(0), math.log(MultiplierConfig.bound)
+    drift = tuple(generator.uniform(-bound, bound) for _ in range(500))
+    for head, most in ((1.0, 9), (8.0, 15)):
+        state = Multipliers((1.0,) * 250 + (head,) * 250, drift, (0.0,) * 500)
+        assert len({*rounded(state, 500, MultiplierConfig())}) == most
 
 
 def launches_of(depth, kind, dtype=torch.float32, size=(16, 8)):
     """Launches beyond the base's, and waits, of a measured or a probe step of a model so deep."""
-    options = {"policy": "paper", "probe_interval": 1} if kind == "probe" else {}
+    options = {"rule": "paper", "probe_interval": 1} if kind == "probe" else {}
     lqa, read, step = with_lqa(matrices(depth, dtype, size), **options)
-    if kind in ("later", "vote"):
-        lqa.policy._first_steps, lqa.policy.wants_end_slope = 1, lambda step: True
-        # One rate: launches for several are counted elsewhere.
-        lqa.policy._balance = lambda sizes: None
+    # One rate: launches for several are counted elsewhere.
+    lqa.rule.multipliers = lambda count: []
     for _ in range(3):
         step()
-    if kind == "vote":
-        lqa.policy.trust = 1.0
-    assert lqa.wants_probe == (kind == "probe") and lqa._move.awaits_ends == (kind != "probe")
+    assert lqa.wants_probe == (kind == "probe") and lqa.rule.wants_measurement(3) == (kind == "measured")
     launches, waits = counted(step, read)
     return sum((launches - base_step(matrices(depth, dtype, size))[0]).values()), waits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, most", [("first", 34), ("later", 34), ("vote", 48), ("probe", 32)])
-def test_launches_of_a_measured_and_a_probe_step_do_not_grow_with_the_model(kind, most, dtype, on_cuda):
+#: In half precision products are taken of copies in float32.
+LAUNCHES = [
+    *[("measured", torch.float32, 26), ("measured", torch.bfloat16, 32)],
+    *[("probe", torch.float32, 28), ("probe", torch.bfloat16, 30)],
+]
+
+
+@pytest.mark.parametrize("kind, dtype, most", LAUNCHES)
+def test_launches_of_a_measured_and_a_probe_step_do_not_grow_with_the_model(kind, dtype, most, on_cuda):
     found = {depth: launches_of(depth, kind, dtype) for depth in (33, 40)}
     assert found[33] == found[40] and found[40][0] <= most, found
     assert found[40][1] == (3 if kind == "probe" else 1)
 
 
+@pytest.mark.parametrize("rule", ["displacement", "paper"])
+def test_a_first_probe_waits_as_often_as_any_other(rule, on_cuda):
+    lqa, read, step = with_lqa(parameters(20), rule=rule, probe_interval=1)
+    found = [counted(step, read)[1] for _ in range(3)]
+    assert found == [3, 3, 3] and lqa.counts["probe_forwards"] == 6
+
+
+def test_a_model_on_several_devices_is_measured_as_one(on_cuda):
+    shapes = [(64, 64), (64,), (8, 64), (8,)]
+    params = [torch.empty(shape, device=f"cuda:{i // 2}", requires_grad=True) for i, shape in enumerate(shapes)]
+    lqa, _, step = with_lqa(params)
+    for _ in range(3):
+        step()
+    assert len({*lqa.multipliers}) > 1 and lqa.last_measurement is not None and lqa.counts["probe_forwards"] == 2
+
+
 def test_launches_do_not_grow_with_the_matrices_either(on_cuda):
     # All are larger than a piece, and of each a sample is observed.
-    found = [launches_of(33, "later", size=size)[0] for size in ((2048, 4096), (8192, 8192))]
-    assert found[0] == found[1] <= 85, found
+    found = [launches_of(33, "measured", size=size)[0] for size in ((2048, 4096), (8192, 8192))]
+    assert found[0] == found[1] <= 88, found
 
 
 def test_parameters_are_divided_by_rate_only_where_something_has_changed(monkeypatch):

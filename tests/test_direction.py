@@ -91,7 +91,6 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
     words = nn.Embedding(100, 200, sparse=True)
     snapshot = Snapshot([layer, head, bias, words.weight], [0, 1, 2, 3])
     assert [v.shape for v in snapshot.values] == [(8, 512), (6, 4096), (2**15,), (13, 200)]
-    snapshot.take()
     rows = torch.tensor([0, 8, 9, 8, 96])
     words(rows).sum().backward()
     with torch.no_grad():
@@ -103,23 +102,36 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
     assert snapshot.slopes().tolist() == expected
     # Of 7 of the 8 rows the gradient is not 0, of 5 of 6, and of 3 of 13 words.
     elements = 8 * 512 + 6 * 4096 + 2**15 + 13 * 200
-    assert float(snapshot.vote()) == pytest.approx((7 * 512 + 5 * 4096 + 3 * 200) / elements)
+    assert float(snapshot.agreement()) == pytest.approx((7 * 512 + 5 * 4096 + 3 * 200) / elements)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_in_a_vote_each_element_counts_alike_however_small(dtype, accelerator, monkeypatch):
+def test_in_the_sign_agreement_each_element_counts_alike_however_small(dtype, accelerator, monkeypatch):
     if accelerator:
         as_on_an_accelerator(monkeypatch)
     weights = [nn.Parameter(torch.zeros(4, dtype=dtype)), nn.Parameter(torch.zeros(2, dtype=dtype))]
     snapshot = Snapshot(weights, [0, 1])
-    snapshot.take()
     moves, gradients = [1e-7, -1e-7, 1e3, 0], [1e-7, -1e-7, -1e3, 1]
     weights[0].grad = torch.tensor(gradients, dtype=dtype)
     with torch.no_grad():
         weights[0].add_(torch.tensor(moves, dtype=dtype))
     # Two products above zero, one below, one that did not move, two without a gradient.
-    assert float(snapshot.vote()) == pytest.approx((2 - 1) / 6)
+    assert float(snapshot.agreement()) == pytest.approx((2 - 1) / 6)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("multipliers", [[], [4.0, 0.25, 2.0, 1.0]])
+def test_a_directions_size_is_of_what_moves_without_multipliers(base, multipliers):
+    params = [nn.Parameter(torch.zeros(shape)) for shape in [(3, 2), (2,), (4,), (5,)]]
+    optimizer = base([{"params": params[:2]}, {"params": params[2:]}], lr=1.0, weight_decay=0.0)
+    for p, gradient in zip(params[:3], (3.0, -2.0, 0.0), strict=True):  # the last has none
+        p.grad = torch.full_like(p, gradient)
+    params[0].grad[0] = 0.0
+    with rescaled(optimizer, 0.5, multipliers):
+        square, count = Direction(optimizer).size(optimizer, multipliers)
+    moved = [3.0] * 4 + [2.0] * 2 if base is torch.optim.SGD else [1.0] * 6
+    assert float(count) == 6 and float(square) == pytest.approx(sum((0.5 * x) ** 2 for x in moved), rel=1e-5)
 
 
 class Counts(torch.optim.SGD):
@@ -177,7 +189,6 @@ def test_a_base_that_fails_in_a_piece_is_put_back(monkeypatch):
 def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
     weights = [nn.Parameter(torch.full((200_000,), 3.0))]
     snapshot = Snapshot(weights, list(range(len(weights))))
-    snapshot.take()
     with torch.no_grad():
         weights[0].sub_(1e-5)
     move = weights[0].detach()[0].double() - 3
@@ -216,7 +227,6 @@ def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch
     monkeypatch.setattr(slopes, "_LARGE", 2**20)
     assert [v.shape for v in Snapshot(params, [0, 1]).values] == [(64, 512), (5,)]
     snapshot = Snapshot(params, [0, 1], saved)
-    snapshot.take()
     for p in params:
         p.grad = torch.ones_like(p)
         p.data += 1

@@ -20,6 +20,7 @@ from torch import nn
 import hf_lqa
 from hf_lqa import LQA, ReplayedLoss
 from hf_lqa.options import parse_options
+from hf_lqa.rule import build
 
 
 def network():
@@ -27,11 +28,10 @@ def network():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3))
 
 
-def started(policy="cross_batch"):
+def started(rule="displacement"):
     """A network in the middle of training, with gradients, and the closure of the step that is due."""
     model = network()
-    options = {"probe_interval": 1} | ({"warmup": 0} if policy == "cross_batch" else {})
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy, **options)
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), rule, probe_interval=1)
     generator = torch.Generator().manual_seed(1)
     closure = None
     for step in range(4):
@@ -44,7 +44,7 @@ def started(policy="cross_batch"):
     return model, optimizer, closure
 
 
-def everything(model, optimizer, pending=True):
+def everything(model, optimizer):
     """All that a step may change, in one comparable string of bytes per name."""
     state = optimizer.state_dict()
     tensors = {f"w.{k}": v for k, v in model.state_dict().items()}
@@ -53,10 +53,6 @@ def everything(model, optimizer, pending=True):
     tensors["rng"] = torch.get_rng_state()
     found = {k: v.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for k, v in tensors.items()}
     own = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    if not pending:
-        # What is known of the last step's end: either the weights it started from or, once measured, its slope.
-        found = {k: v for k, v in found.items() if not k.endswith("lqa_snapshot")}
-        own[0]["lqa"] = {k: v for k, v in json.loads(own[0]["lqa"]).items() if k != "move"}
     numpy_state = np.random.get_state()
     return found | {
         "groups": repr(own),
@@ -82,26 +78,26 @@ class Breaks:
         return value
 
 
-@pytest.mark.parametrize("policy", ["cross_batch", "paper"])
+@pytest.mark.parametrize("rule", ["displacement", "paper"])
 @pytest.mark.parametrize(("with_loss", "call"), [(True, 1), (True, 2), (False, 1), (False, 2), (False, 3)])
-def test_a_closure_that_raises_has_changed_nothing_and_can_be_tried_again(policy, with_loss, call):
-    model, optimizer, closure = started(policy)
-    before = everything(model, optimizer, pending=False)
+def test_a_closure_that_raises_has_changed_nothing_and_can_be_tried_again(rule, with_loss, call):
+    model, optimizer, closure = started(rule)
+    before = everything(model, optimizer)
     broken = Breaks(closure, call, with_loss)
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(broken)
-    assert everything(model, optimizer, pending=False) == before
-    # What the failed step measured is not lost in a checkpoint either.
+    assert everything(model, optimizer) == before
+    # Nor is anything lost in a checkpoint that is saved in between.
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step(broken)
-    other_model, other, undisturbed = started(policy)
+    other_model, other, undisturbed = started(rule)
     other.step(Breaks(undisturbed, None, with_loss))
     assert everything(model, optimizer) == everything(other_model, other)
 
 
 def test_a_forward_that_raises_midway_leaves_the_buffers():
     model, optimizer, closure = started()
-    before = everything(model, optimizer, pending=False)
+    before = everything(model, optimizer)
 
     def fail(*_):
         raise RuntimeError("midway")
@@ -110,12 +106,12 @@ def test_a_forward_that_raises_midway_leaves_the_buffers():
     with pytest.raises(RuntimeError, match="midway"):
         optimizer.step(closure)
     handle.remove()
-    assert everything(model, optimizer, pending=False) == before
+    assert everything(model, optimizer) == before
 
 
 def test_a_base_optimizer_that_raises_in_its_rehearsal_has_changed_nothing():
     model, optimizer, closure = started()
-    before = everything(model, optimizer, pending=False)
+    before = everything(model, optimizer)
     own, calls = type(optimizer.base).step, []
 
     class Broken(torch.optim.AdamW):
@@ -129,31 +125,34 @@ def test_a_base_optimizer_that_raises_in_its_rehearsal_has_changed_nothing():
     with pytest.raises(RuntimeError, match="kernel"):
         optimizer.step(closure)
     optimizer.base.__class__ = torch.optim.AdamW
-    assert everything(model, optimizer, pending=False) == before
+    assert everything(model, optimizer) == before
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("policy", ["cross_batch", "paper"])
-def test_a_probe_that_is_not_finite_is_a_verdict(policy, call, value):
-    model, optimizer, closure = started(policy)
-    held, calls = optimizer.policy.step_size, []
+@pytest.mark.parametrize("rule", ["displacement", "paper"])
+def test_a_probe_that_is_not_finite_is_a_verdict(rule, call, value):
+    model, optimizer, closure = started(rule)
+    held, calls = optimizer.base_step_size, []
 
     def closure_with_a_hole():
         calls.append(1)
         return torch.tensor(value) if len(calls) == call else closure()
 
     closure_with_a_hole.loss = closure.loss
-    twin_model, twin, _ = started(policy)
+    twin_model, twin, undisturbed = started(rule)
     optimizer.step(closure_with_a_hole)
     assert optimizer.last_fit.verdict == "non_finite" and optimizer.counts["non_finite"] == 1
-    if policy == "paper":
+    if rule == "paper":
         # The step is the base optimizer's at the held rate.
         assert optimizer.step_size == held
         for group in twin.base.param_groups:
             group["lr"] = held
         twin.base.step()
-        assert_same_weights(weights(model), weights(twin_model))
+    else:
+        # Nothing depends on a probe that is not the first.
+        twin.step(undisturbed)
+    assert_same_weights(weights(model), weights(twin_model))
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -223,16 +222,17 @@ def test_any_optim_args_are_right_or_a_clear_error(name, pairs):
     except ValueError as error:
         assert "optim_args" in str(error)
         return
-    optimizer = LQA(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), options.policy, **options.policy_options)
-    for value in options.policy_options.values():
+    LQA(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), options.rule, **options.rule_options)
+    for value in options.rule_options.values():
         assert value is None or math.isfinite(value)
-    assert 0 < optimizer.policy.tau < 1 and optimizer.policy.probe_interval >= 1
+    rule, radius = build(options.rule, options.rule_options)
+    assert 0 < radius.tau < 1 and rule.config.probe_interval >= 1
     assert options.probe_micro_batches is None or options.probe_micro_batches >= 1
 
 
 def test_a_run_survives_an_interrupted_save(tmp_path):
     """The newest checkpoint was cut off: an error that names it, and the one before it still resumes bit for bit."""
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim_args": "probe_interval=2,warmup=0"}
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim_args": "probe_interval=2"}
     straight = trained(tmp_path / "run", **settings)
     newest = tmp_path / "run" / "checkpoint-4"
     optimizer_file = newest / "optimizer.pt"
@@ -247,10 +247,10 @@ def test_state_of_lqa_in_a_checkpoint_that_is_cut_off_is_an_error_before_anythin
     model, optimizer, _ = started()
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0]["lqa"] = state["param_groups"][0]["lqa"][:20]
-    before = everything(model, optimizer, pending=False)
+    before = everything(model, optimizer)
     with pytest.raises(json.JSONDecodeError):
         optimizer.load_state_dict(state)
-    assert everything(model, optimizer, pending=False) == before
+    assert everything(model, optimizer) == before
 
 
 def test_micro_batches_of_an_interrupted_step_are_forgotten(tmp_path):
@@ -290,12 +290,12 @@ def die(self, *args, **kwargs):
     advance(self, *args, **kwargs)
 
 LQA._advance = die
-trained(sys.argv[1], save_strategy="steps", save_steps=3, max_steps=6, optim_args="probe_interval=2,warmup=0")
+trained(sys.argv[1], save_strategy="steps", save_steps=3, max_steps=6, optim_args="probe_interval=2")
 """
 
 
 def test_a_process_that_is_killed_between_probe_and_step_resumes(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "optim_args": "probe_interval=2,warmup=0"}
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "optim_args": "probe_interval=2"}
     straight = trained(tmp_path / "straight", **settings)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
@@ -309,12 +309,12 @@ def test_a_process_that_is_killed_between_probe_and_step_resumes(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 1}, "is of version 1, this hf_lqa reads version 2"),
+        ({"version": 2}, "is of version 2, this hf_lqa reads version 3"),
         ({"version": None}, "is of version None"),
-        ({"policy": {"name": "paper", "state": {}}}, "saved with the policy 'paper', not 'cross_batch'"),
+        ({"rule": {"name": "paper", "state": {}}}, "saved with the rule 'paper', not 'displacement'"),
     ],
 )
-def test_a_state_of_another_version_or_policy_is_refused_before_anything_is_loaded(change, message):
+def test_a_state_of_another_version_or_rule_is_refused_before_anything_is_loaded(change, message):
     weights = torch.nn.Parameter(torch.ones(3))
     lqa = LQA(torch.optim.AdamW([weights], lr=1.0))
     (weights**2).sum().backward()

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from hf_lqa import LQA, ReplayedLoss, Verdict, slopes
+from hf_lqa.checkpoint import BEGINNING_KEY
+from hf_lqa.rule.prior import PriorConfig, base_step_size
 
 DOUBLE = torch.float64
 
@@ -31,7 +33,7 @@ class Quadratic:
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
 def test_a_paper_step_lands_on_the_exact_line_minimiser(base):
     loss = Quadratic()
-    optimizer = LQA(base([loss.w], lr=1.0), policy="paper")
+    optimizer = LQA(base([loss.w], lr=1.0), rule="paper")
     for _ in range(5):
         start = loss.w.detach().clone()
         optimizer.zero_grad()
@@ -46,7 +48,7 @@ def test_with_plain_sgd_it_is_the_paper():
     # A twin written from the paper: delta* = a / 2b along -g, from L(theta), L(theta - h g), L(theta + h g).
     loss, twin = Quadratic(), None
     twin = copy.deepcopy(loss)
-    optimizer = LQA(torch.optim.SGD([loss.w], lr=1.0), policy="paper", probe_radius=1e-3)
+    optimizer = LQA(torch.optim.SGD([loss.w], lr=1.0), rule="paper", probe_radius=1e-3)
     for _ in range(20):
         optimizer.zero_grad()
         loss().backward()
@@ -112,11 +114,11 @@ def test_a_probe_leaves_no_trace_in_the_base_optimizer(name):
         torch.set_rng_state(state)
         base.zero_grad()
         nn.functional.cross_entropy(twin(x), y).backward()
-        for group, rate in zip(base.param_groups, optimizer.relative_rates or [1.0] * 6, strict=True):
+        for group, rate in zip(base.param_groups, optimizer.multipliers or [1.0] * 6, strict=True):
             group["lr"] = (group["lr"] * 0 + optimizer.step_size) * rate
         base.step()
         assert torch.equal(torch.get_rng_state(), after)
-    assert optimizer.counts["probe_forwards"] >= 20 and len(set(optimizer.relative_rates)) > 1
+    assert optimizer.counts["probe_forwards"] >= 20 and len(set(optimizer.multipliers)) > 1
     assert len(optimizer.param_groups) == 1 and float(optimizer.param_groups[0]["lr"]) == 1
     for (key, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), key
@@ -140,7 +142,7 @@ def test_a_replay_at_the_origin_is_the_training_loss_bit_for_bit():
 def test_steps_without_a_probe_are_the_base_optimizers():
     """No copy, no extra pass: with a huge interval only the first step calls the closure; weights are the base's."""
     model, twin = net(), net()
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy="paper", probe_interval=10**9)
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), rule="paper", probe_interval=10**9)
     torch.manual_seed(0)
     train(model, optimizer, batches(100))
     assert optimizer.counts["probe_forwards"] == 2
@@ -157,7 +159,7 @@ def test_steps_without_a_probe_are_the_base_optimizers():
 def test_groups_keep_their_relative_rates_and_schedulers_compose():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     groups = [{"params": model[0].parameters(), "lr": 1.0}, {"params": model[1].parameters(), "lr": 0.25}]
-    optimizer = LQA(torch.optim.SGD(groups, lr=1.0), policy="paper", probe_interval=1000)
+    optimizer = LQA(torch.optim.SGD(groups, lr=1.0), rule="paper", probe_interval=1000)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     x, level = torch.randn(8, 4), None
     for step in range(10):
@@ -175,22 +177,53 @@ def test_groups_keep_their_relative_rates_and_schedulers_compose():
 
 
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
-def test_a_head_moves_further_from_the_first_step_on_unless_along_gradients(base):
+def test_a_head_moves_further_from_the_first_step_on(base):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
     model[0].bias.requires_grad_(False)
     optimizer = LQA(base(model.parameters(), lr=1.0), probe_interval=10**9)
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, [(torch.randn(8, 64), torch.tensor([0, 1] * 4))])
-    body, frozen, head, bias = (
-        float((p.detach() - old).abs().max()) / optimizer.step_size
-        for p, old in zip(model.parameters(), before, strict=True)
-    )
-    assert frozen == 0
-    if base is torch.optim.SGD:
-        assert optimizer.relative_rates == []
-    else:
-        assert optimizer.relative_rates == pytest.approx([1, 1, 8**0.5, 1])
-        assert [body, head, bias] == pytest.approx([1, 8**0.5, 1], rel=0.01), "but for weight decay"
+    assert optimizer.multipliers == [1, 1, 8, 8]
+    assert torch.equal(model[0].bias, before[1])
+    for p, old, multiplier in zip(model.parameters(), before, optimizer.multipliers, strict=True):
+        if p.grad is not None:
+            unit = p.grad.abs().max() if base is torch.optim.SGD else 1.0
+            moved = float((p.detach() - old).abs().max() / unit)
+            assert moved == pytest.approx(multiplier * optimizer.step_size, rel=0.01), "but for weight decay"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_without_a_closure_shapes_say_how_far_a_step_moves_an_element(base, scale):
+    """Whatever the gradients' scale; of the elements that move at all."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    optimizer = LQA(base(model.parameters(), lr=1.0, weight_decay=0.0), total_steps=200)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.randn(8, 64)
+    x[:, ::2] = 0
+    (scale * (model(x) ** 2).mean()).backward()
+    assert optimizer.step() is None
+    prior = base_step_size([p.shape for p in model.parameters()], 200, PriorConfig())
+    ramp = optimizer.step_size / optimizer.base_step_size
+    moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])
+    assert float(moved[moved != 0].square().mean().sqrt()) == pytest.approx(ramp * prior, rel=0.01)
+    assert ramp == pytest.approx(1 / 12), "6 % of the run"
+    assert optimizer.last_probe is None and optimizer.counts["probe_forwards"] == 0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_without_a_closure_the_first_gradient_that_says_something_is_waited_for(base, decay):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = LQA(base([w], lr=1.0, weight_decay=decay))
+    w.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(w, torch.ones(3)) and optimizer.base_step_size is None and optimizer.step_size == 0
+    w.grad = 1e6 * torch.ones(3)
+    optimizer.step()
+    prior = base_step_size([w.shape], None, PriorConfig())
+    assert optimizer.step_size * (1e6 if base is torch.optim.SGD else 1) < prior
+    assert (w < 1).all()
 
 
 def test_warmup_from_zero_moves_nothing_and_measures_nothing():
@@ -207,33 +240,36 @@ def test_warmup_from_zero_moves_nothing_and_measures_nothing():
     assert optimizer.step_size > 0
 
 
-@pytest.mark.parametrize("policy", ["cross_batch", "cross_batch, sampled", "paper"])
-@pytest.mark.parametrize("stop", [0, 7, 8, 9, 10, 30])
-def test_resuming_from_the_state_dict_changes_nothing(policy, stop, tmp_path, monkeypatch):
-    policy, _, cut = policy.partition(",")
+@pytest.mark.parametrize("rule", ["displacement", "displacement, sampled", "paper"])
+@pytest.mark.parametrize("stop", [0, 1, 3, 16, 17, 30])
+def test_resuming_from_the_state_dict_changes_nothing(rule, stop, tmp_path, monkeypatch):
+    """Between probes and at one, and on both sides of where the rule begins to measure every second step only."""
+    rule, _, cut = rule.partition(",")
     if cut:
         monkeypatch.setattr(slopes, "_MANY_ROWS", 8)
         monkeypatch.setattr(slopes, "_LARGE", 1)
     data = list(batches(40))
     model = net()
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy=policy)
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), rule, probe_interval=3)
     train(model, optimizer, data[:stop])
-    if policy == "cross_batch" and stop:
-        assert (optimizer._snapshot.values[0].shape == next(model.parameters()).shape) == (not cut)
-    torch.save((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()), tmp_path / "checkpoint.pt")
+    state = optimizer.state_dict()
+    if rule == "displacement" and stop:
+        kept = state["state"][0][BEGINNING_KEY]
+        assert (kept.shape == next(model.parameters()).shape) == (not cut)
+    torch.save((model.state_dict(), state, torch.get_rng_state()), tmp_path / "checkpoint.pt")
     train(model, optimizer, data[stop:])
 
     resumed = net()
-    again = LQA(torch.optim.AdamW(resumed.parameters(), lr=1.0), policy=policy)
+    again = LQA(torch.optim.AdamW(resumed.parameters(), lr=1.0), rule, probe_interval=3)
     # weights_only: nothing but plain values may be in a state_dict.
     model_state, optimizer_state, rng = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     resumed.load_state_dict(model_state)
     again.load_state_dict(optimizer_state)
     torch.set_rng_state(rng)
     train(resumed, again, data[stop:])
-    assert again.step_size == optimizer.step_size
-    assert again.counts == optimizer.counts
-    assert again.last_probe == optimizer.last_probe
+    for name in ("step_size", "base_step_size", "multipliers", "counts", "last_probe", "last_measurement"):
+        assert getattr(again, name) == getattr(optimizer, name), name
+    assert (again.last_measurement is None) == (rule == "paper")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
@@ -280,7 +316,7 @@ def test_zero_gradients_are_a_verdict():
 
 def test_an_infinite_probe_loss_keeps_the_last_step_size():
     model = net()
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), policy="paper")
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), rule="paper")
     train(model, optimizer, batches(2))
     level = optimizer.step_size
     closure = ReplayedLoss(model)
@@ -297,19 +333,21 @@ def test_an_infinite_probe_loss_keeps_the_last_step_size():
 
 def test_errors_name_what_is_wrong():
     w = nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match="policy='exact'"):
-        LQA(torch.optim.SGD([w], lr=1.0), policy="exact")
+    with pytest.raises(ValueError, match="rule='exact'"):
+        LQA(torch.optim.SGD([w], lr=1.0), rule="exact")
+    with pytest.raises(ValueError, match=r"warmup=3: the rule 'displacement' has no such option; tau, probe_interval"):
+        LQA(torch.optim.SGD([w], lr=1.0), warmup=3)
     with pytest.raises(ValueError, match="tau=2"):
         LQA(torch.optim.SGD([w], lr=1.0), tau=2)
     with pytest.raises(ValueError, match="probe_interval=0"):
-        LQA(torch.optim.SGD([w], lr=1.0), policy="paper", probe_interval=0)
+        LQA(torch.optim.SGD([w], lr=1.0), rule="paper", probe_interval=0)
     with pytest.raises(ValueError, match="LBFGS"):
         LQA(torch.optim.LBFGS([w]))
     with pytest.raises(ValueError, match="frozen"):
         LQA(torch.optim.SGD([{"params": []}], lr=1.0))
     with pytest.warns(UserWarning, match=r"lr=1\.0"):
         LQA(torch.optim.AdamW([w]))
-    optimizer = LQA(torch.optim.SGD([w], lr=1.0))
+    optimizer = LQA(torch.optim.SGD([w], lr=1.0), "paper")
     w.grad = torch.ones(3)
     with pytest.raises(ValueError, match="without a closure"):
         optimizer.step()
@@ -326,7 +364,7 @@ def trained(plan=None, **planned):
     loss = Quadratic()
     optimizer = LQA(torch.optim.AdamW([loss.w], lr=1.0), **planned)
     if plan is not None:
-        optimizer.policy.plan(*plan)
+        optimizer.plan(plan)
     for _ in range(40):
         optimizer.zero_grad()
         loss().backward()
@@ -334,32 +372,17 @@ def trained(plan=None, **planned):
     return loss.w.detach()
 
 
-@pytest.mark.parametrize("final_factor", [0.0, 0.05, 1.0])
-def test_the_steps_of_training_can_be_given_when_it_is_built(final_factor):
-    given = trained(total_steps=40, final_factor=final_factor)
-    assert torch.equal(given, trained(plan=(40, final_factor)))
-    assert not torch.equal(given, trained(total_steps=1000, final_factor=final_factor))
+def test_the_steps_of_training_can_be_given_when_it_is_built_or_afterwards():
+    given = trained(total_steps=40)
+    assert torch.equal(given, trained(plan=40))
+    assert not torch.equal(given, trained(total_steps=1000))
+    assert torch.equal(trained(), trained(total_steps=1000)), "what a run is taken for whose end nobody says"
 
 
-def test_without_a_final_factor_a_rate_that_stays_is_planned_for():
-    assert torch.equal(trained(total_steps=40), trained(plan=(40, 1.0)))
-    # A run whose end is not known is an endless one, at a rate that stays.
-    assert torch.equal(trained(), trained(total_steps=10**9))
-
-
-@pytest.mark.parametrize("policy", ["cross_batch", "paper"])
-@pytest.mark.parametrize(
-    "name, value",
-    [("total_steps", v) for v in (0, -1, 2.5, "100", True, float("nan"))]
-    + [("final_factor", v) for v in (-0.1, 1.5, "0", None, float("nan"))],
-)
-def test_steps_or_a_final_factor_out_of_range_are_named(policy, name, value):
+@pytest.mark.parametrize("rule", ["displacement", "paper"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "100", True, float("nan")])
+def test_steps_out_of_range_are_named(rule, value):
     base = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
-    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))}: must be"):
-        LQA(base, policy, **{"total_steps": 10, name: value})
-
-
-def test_a_final_factor_without_the_steps_is_an_error():
-    base = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
-    with pytest.raises(ValueError, match=r"^final_factor=0\.0 without total_steps"):
-        LQA(base, final_factor=0.0)
+    for give in (lambda: LQA(base, rule, total_steps=value), lambda: LQA(base, rule).plan(value)):
+        with pytest.raises(ValueError, match=rf"^total_steps={re.escape(repr(value))}: must be"):
+            give()

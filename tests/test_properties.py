@@ -1,4 +1,4 @@
-"""Properties of the fit and of every policy, for whatever floats come."""
+"""Properties of the fit and of every rule, for whatever floats come."""
 
 import json
 import math
@@ -7,9 +7,11 @@ import sys
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from reference import Reference
 
-from hf_lqa import Fit, Verdict, fit_losses, fit_slopes
-from hf_lqa.cross_batch import POLICIES
+from hf_lqa import Fit, Verdict, fit_losses
+from hf_lqa.rule import OPTIONS, Displacement, Measurement, build
+from hf_lqa.rule.radius import Radius, adapted, first_radius, max_step, radius
 
 anything = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_subnormal=True)
@@ -30,11 +32,6 @@ def test_a_fit_of_any_losses_is_a_verdict(minus, center, plus, radius, noise, ma
     fit = fit_losses(minus, center, plus, radius, noise=noise, max_step=max_step)
     check(fit)
     assert fit.step_size is None or fit.step_size <= max_step
-
-
-@given(anything, anything, positive)
-def test_a_fit_of_any_slopes_is_a_verdict(start, end, step_size):
-    check(fit_slopes(start, end, step_size))
 
 
 @given(moderate, moderate, moderate, powers, powers)
@@ -67,52 +64,124 @@ def test_turning_the_direction_turns_the_slope(minus, center, plus, radius):
     assert not (fit.verdict.usable and turned.verdict.usable)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+SHAPES = [(4, 6), (6,), (), (2, 4)]
+
+
+def probed(rule, config, state, measured, by_loss=True):
+    """The state of the radius after a probe of `rule` that finds these losses."""
+    loss, slope, minus, plus = measured
+    if rule.step_size is None:
+        rule.begin(SHAPES)
+        reach = first_radius(config, loss, slope, rule.prior)
+    else:
+        reach = radius(config, state, loss, slope, rule.step_size)
+    assert reach is None or (math.isfinite(reach) and reach > 0)
+    fit, bound = Fit(slope, math.nan, None, Verdict.NON_DESCENT), max_step(state, loss, slope, rule.step_size)
+    fit = fit if reach is None else fit_losses(minus, loss, plus, reach, max_step=bound)
+    state = adapted(config, state, fit, by_loss)
+    rule.observe_probe(rule.prior, fit, math.nan if reach is None else reach, by_loss, state.follows_step)
+    return state
+
+
+agreements = st.one_of(st.floats(-1, 1), st.sampled_from([math.nan, math.inf]))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
 @settings(deadline=None)
-@given(st.lists(st.tuples(*[anything] * 6), max_size=60))
-def test_a_policys_step_size_is_never_negative_or_infinite(name, observations):
-    policy = POLICIES[name]()
-    for step, (loss, slope, minus, plus, start, end) in enumerate(observations):
-        before = policy.step_size
-        assert math.isfinite(policy.factor(step)) and 0 < policy.factor(step) <= 1
-        if policy.wants_probe(step):
-            radius = policy.radius(loss, slope)
-            if radius is not None:
-                assert math.isfinite(radius) and radius > 0
-                fit = fit_losses(minus, loss, plus, radius, max_step=policy.max_step(loss, slope))
-                policy.observe_probe(fit, radius)
-        if before is not None:
-            starts = [start, slope] if policy.wants_start_slope(step) else []
-            policy.observe_end(starts, [end, minus], [3, 4], 1.0)
-        assert policy.step_size is None or (math.isfinite(policy.step_size) and policy.step_size > 0), observations
-        if not (math.isfinite(end) or math.isfinite(minus)) and before is not None and not policy.wants_probe(step):
-            assert policy.step_size == before
+@given(st.lists(st.tuples(*[anything] * 5, agreements, st.booleans()), max_size=60))
+def test_a_step_size_is_never_negative_or_infinite(name, observations):
+    (rule, config), state = build(name, {}), Radius()
+    for step, (*measured, along, agreement, by_loss) in enumerate(observations):
+        assert 0 < rule.factor(step) <= 1
+        if rule.wants_probe(step):
+            state = probed(rule, config, state, measured, by_loss)
+        before = rule.step_size
+        if rule.wants_measurement(step):
+            rule.observe(Measurement([along, *measured], agreement, 1.0))
+        assert rule.step_size is None or (math.isfinite(rule.step_size) and rule.step_size > 0), observations
+        assert math.isfinite(agreement) or rule.step_size == before
+        assert all(1 / 4 - 1e-9 < multiplier < 8 * 4 + 1e-9 for multiplier in rule.multipliers(5))
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("radius", [sys.float_info.max, math.ulp(0.0)])
-@pytest.mark.parametrize("end", [-1.0, 1.0, -1e154])
-def test_the_ends_of_the_floats_range(name, radius, end):
-    policy = POLICIES[name]()
-    policy.observe_probe(Fit(-1.0, math.nan, None, Verdict.NON_CONVEX), radius)
-    for step in range(1000):
-        policy.observe_end([-1.0] if policy.wants_start_slope(step) else [], [end], [1], 1.0)
-        assert 0 < policy.step_size < math.inf
+@pytest.mark.parametrize("begun", [sys.float_info.max, math.ulp(0.0)])
+@pytest.mark.parametrize("agreement", [-1.0, 1.0])
+# Squares overflow, are all but 0, or are 0.
+@pytest.mark.parametrize("slope", [-1e154, 1e300, 2.5e-162, 1e-300])
+def test_the_ends_of_the_floats_range(begun, agreement, slope):
+    rule = Displacement()
+    rule.begin(SHAPES)
+    rule.start(begun)
+    for _ in range(1000):
+        rule.observe(Measurement([slope, -slope, None, slope], agreement, 1.0))
+        assert 0 < rule.step_size < math.inf
+    assert all(0 < multiplier < 33 for multiplier in rule.multipliers(4))
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", sorted(OPTIONS))
 @settings(deadline=None)
-@given(st.lists(st.tuples(moderate, moderate, moderate), min_size=1, max_size=30), st.integers(0, 29))
-def test_a_policy_survives_its_state_dict(name, observations, stop):
-    straight, resumed = POLICIES[name](), POLICIES[name]()
-    for step, (loss, slope, end) in enumerate(observations):
+@given(st.lists(st.tuples(moderate, moderate, st.floats(-1, 1)), min_size=1, max_size=30), st.integers(0, 29))
+def test_a_rule_survives_its_state_dict(name, observations, stop):
+    (straight, config), state = build(name, {"probe_interval": 3}), Radius()
+    resumed = build(name, {"probe_interval": 3})[0]
+    for step, (loss, slope, agreement) in enumerate(observations):
         if step == stop:
-            state = json.loads(json.dumps(resumed.state_dict()))
-            resumed = POLICIES[name]()
-            resumed.load_state_dict(state)
-        for policy in (straight, resumed):
-            radius = policy.radius(loss, -slope)
-            fit = fit_losses(loss + slope * radius, loss, loss - 0.9 * slope * radius, radius)
-            policy.observe_probe(fit, radius)
-            policy.observe_end([-slope] if policy.wants_start_slope(step) else [], [end - slope], [1], 1.0)
-    assert straight == resumed
+            kept = json.loads(json.dumps(resumed.state_dict()))
+            resumed = build(name, {"probe_interval": 3})[0]
+            resumed.load_state_dict(kept)
+        assert straight.wants_probe(step) is resumed.wants_probe(step)
+        if straight.wants_probe(step):
+            measured = loss, -slope, loss + slope, loss - 0.9 * slope
+            after = [probed(rule, config, state, measured) for rule in (straight, resumed)]
+            state = after[0]
+        for rule in (straight, resumed):
+            rule.observe(Measurement([slope, -slope, None, slope * agreement], agreement, 0.5))
+        assert straight.step_size == resumed.step_size
+        assert straight.multipliers(5) == resumed.multipliers(5)
+    assert straight.state_dict() == resumed.state_dict()
+
+
+sides = st.integers(1, 40)
+shapes = st.one_of(st.just(()), st.tuples(sides), st.tuples(st.integers(0, 40), sides), st.tuples(sides, sides, sides))
+slopes = st.one_of(
+    st.sampled_from([None, 0.0, math.inf, math.nan]), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6), st.floats(-2, -1)
+)
+measurements = st.tuples(st.lists(slopes, max_size=8), agreements, st.floats(0, 2))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(shapes, max_size=7),
+    st.one_of(st.none(), st.integers(1, 10**5)),
+    st.floats(0.01, 1),
+    st.tuples(moderate, st.one_of(st.none(), moderate), st.one_of(st.none(), moderate)),
+    st.lists(measurements, max_size=40),
+)
+def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurements):
+    rule, reference = build("displacement", {"eta": eta})[0], Reference(shapes, total_steps, eta)
+    rule.total_steps = total_steps
+    rule.begin(shapes)
+    assert rule.prior == pytest.approx(reference.prior, rel=1e-12)
+    scale, reach, minimiser = beginning
+    if reach is None:
+        rule.start(rule.prior * scale)
+        reference.start(reference.prior * scale)
+    else:
+        verdict = Verdict.NON_CONVEX if minimiser is None else Verdict.ACCEPTED
+        rule.observe_probe(rule.prior * scale, Fit(-1.0, math.nan, minimiser, verdict), reach, True, False)
+        reference.start(reference.prior * scale, reach, minimiser)
+    assert (rule.multipliers(len(shapes)) or [1.0] * len(shapes)) == reference.first
+    step = 0
+    for measured, agreement, factor in measurements:
+        assert rule.factor(step) == reference.ramp(step)
+        while not reference.measures(step):
+            assert not rule.wants_measurement(step)
+            step += 1
+        assert rule.wants_measurement(step)
+        step += 1
+        # An empty tensor has no slope.
+        measured = [None if 0 in shape else slope for slope, shape in zip(measured, shapes + 8 * [()], strict=False)]
+        rule.observe(Measurement(measured, agreement, factor))
+        reference.observe(measured, agreement, factor)
+        assert rule.step_size == pytest.approx(reference.base, rel=1e-12)
+        found = rule.multipliers(len(shapes)) or [1.0] * len(shapes)
+        assert found == pytest.approx(reference.multipliers(), rel=1e-12)

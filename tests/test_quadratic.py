@@ -2,8 +2,7 @@ import math
 
 import pytest
 
-from hf_lqa import Verdict, fit_losses, fit_slopes
-from hf_lqa.quadratic import end_ratio
+from hf_lqa import Verdict, fit_losses
 
 
 def parabola(slope, curvature, center=3.0):
@@ -54,29 +53,6 @@ def test_differences_within_the_rounding_errors_are_not_trusted():
 def test_the_largest_step():
     fit = fit_losses(1.2, 1.0, 0.9, 0.1, max_step=0.05)
     assert (fit.verdict, fit.step_size) == (Verdict.CLAMPED, 0.05)
-
-
-def test_two_slopes():
-    fit = fit_slopes(-4.0, -1.0, 0.5)
-    assert fit.curvature == pytest.approx(6.0)
-    assert fit.step_size == pytest.approx(0.5 * -4 / (-4 + 1))
-    assert fit_slopes(-4.0, -5.0, 0.5).verdict is Verdict.NON_CONVEX
-    assert fit_slopes(4.0, 5.0, 0.5).verdict is Verdict.NON_DESCENT
-    assert fit_slopes(-4.0, math.nan, 0.5).verdict is Verdict.NON_FINITE
-
-
-def test_what_is_left_of_a_slope_is_that_of_the_typical_weight():
-    assert end_ratio([-4.0], [-1.0], [1]) == -0.25
-    assert fit_slopes(-4.0, -1.0, 1.0).step_size == pytest.approx(1 / (1 + end_ratio([-4.0], [-1.0], [1])))
-    # A median, in which a parameter counts as often as it has elements.
-    assert end_ratio([-1.0, -2.0, -1.0], [-0.9, 0.2, 0.8], [10, 30, 10]) == 0.1
-    assert end_ratio([-1.0, -2.0, -1.0], [-0.9, 0.2, 0.8], [10, 3, 100]) == 0.8
-    # Uphill at the start, it still is the sign of the end that counts.
-    assert end_ratio([-1.0, -2.0, -1.0], [-0.9, 0.2, 0.8], [10, 3, 100], 0.1) == 0.1
-    assert end_ratio([2.0], [-1.0], [1]) == -0.5
-    assert end_ratio([-1.0, -1.0], [-50.0, -70.0], [1, 1]) == -0.97 and end_ratio([-1.0], [30.0], [1]) == 1
-    assert end_ratio([0.0, math.nan, -1.0], [1.0, 1.0, 0.5], [9, 9, 1]) == 0.5
-    assert math.isnan(end_ratio([0.0], [1.0], [1])) and math.isnan(end_ratio([], [], []))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_lqa
 from hf_lqa import LQA, ReplayedLoss, Verdict, search
+from hf_lqa.groups import rescaled
 from hf_lqa.values import Values
 
 STEPS = 5
@@ -348,14 +349,17 @@ def batches(count=STEPS):
         yield x, (x[:, 0] > 0).long()
 
 
-def trained(make, rates=None, micro_batches=1, policy="cross_batch"):
-    """(model, LQA, pairs of recorded and replayed losses, step sizes); with `rates`, by a plain optimizer at those."""
+def trained(make, rates=None, micro_batches=1, rule="displacement"):
+    """(model, LQA, pairs of recorded and replayed losses, rates); with `rates`, by a plain optimizer at those.
+
+    Rates are each step's size and its multipliers.
+    """
     ClassCounter.calls = 0
     STREAM.bit_generator.state = np.random.default_rng(0).bit_generator.state
     torch.manual_seed(0)
     model, pairs, used = make(), [], []
     base = torch.optim.SGD([p for n, p in model.named_parameters() if p.requires_grad and "teacher" not in n], lr=1.0)
-    lqa = LQA(base, policy, probe_interval=1) if rates is None else None
+    lqa = LQA(base, rule, probe_interval=1) if rates is None else None
     for step, (x, y) in enumerate(batches()):
         base.zero_grad()
         closure = ReplayedLoss(model, weight=1 / micro_batches)
@@ -364,13 +368,13 @@ def trained(make, rates=None, micro_batches=1, policy="cross_batch"):
             loss = forward(lambda *args: model(*args)["loss"], part.clone(), labels)
             (loss / micro_batches).backward()
         if lqa is None:
-            base.param_groups[0]["lr"] = rates[step]
-            base.step()
+            with rescaled(base, *rates[step]):
+                base.step()
             continue
         if closure.complete and not closure.obstacle:
             pairs.append((closure.loss, closure()))
         lqa.step(closure)
-        used.append(lqa.step_size)
+        used.append((lqa.step_size, lqa.multipliers))
     return model, lqa, pairs, used
 
 
@@ -560,9 +564,9 @@ def test_what_cannot_be_replayed_is_said_once_by_name_and_training_goes_on(make,
     assert lqa.counts["not_replayable"] == STEPS and lqa.counts["probe_forwards"] == 0
     probe = lqa.last_probe
     assert probe.fit.verdict is Verdict.NOT_REPLAYABLE and probe.fit.slope < 0 < probe.radius
-    assert lqa.rejected == STEPS and all(rate > 0 for rate in rates)
+    assert lqa.rejected == STEPS and all(rate > 0 for rate, _ in rates)
     with pytest.raises(ValueError, match="lqa_paper") as error:
-        trained(make, policy="paper")
+        trained(make, rule="paper")
     assert name in str(error.value)
 
 
@@ -709,12 +713,13 @@ def test_a_trainers_own_state(accumulation, tmp_path):
     found = []
     for kind, optim in ((CountingLQA, "lqa"), (Counting, "adamw_torch")):
         options = {"optim": optim, "gradient_accumulation_steps": accumulation, "max_steps": 12}
+        options |= {"optim_args": "probe_interval=3"} if optim == "lqa" else {}
         trainer = kind(Classifier(), arguments(tmp_path, **options), train_dataset=rows())
         if optim == "lqa":
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
                 trainer.train()
-            assert trainer.lqa.counts["probe_forwards"] >= 2 and trainer.lqa.counts["not_replayable"] == 0
+            assert trainer.lqa.counts["probe_forwards"] >= 8 and trainer.lqa.counts["not_replayable"] == 0
         else:
             trainer.train()
         logs = trainer.state.log_history
@@ -738,6 +743,9 @@ def test_a_trainers_own_state(accumulation, tmp_path):
     assert found[0] == found[1]
 
 
+PROBED_OFTEN = {"max_steps": 6, "optim_args": "probe_interval=2"}
+
+
 def test_nothing_is_logged_by_probes_also_where_log_is_overridden(tmp_path):
     calls = []
 
@@ -746,9 +754,9 @@ def test_nothing_is_logged_by_probes_also_where_log_is_overridden(tmp_path):
             calls.append(dict(logs))
             super().log(logs, *args, **kwargs)
 
-    trainer = Loud(Classifier(), arguments(tmp_path, max_steps=6), train_dataset=rows())
+    trainer = Loud(Classifier(), arguments(tmp_path, **PROBED_OFTEN), train_dataset=rows())
     trainer.train()
-    assert trainer.lqa.counts["probe_forwards"] >= 2 and sum("ce" in logs for logs in calls) == 6
+    assert trainer.lqa.counts["probe_forwards"] >= 6 and sum("ce" in logs for logs in calls) == 6
 
 
 def test_a_criterion_that_compute_loss_func_holds(tmp_path):
@@ -762,7 +770,7 @@ def test_a_criterion_that_compute_loss_func_holds(tmp_path):
             logits = self.head(self.norm(self.embed(input_ids).mean(1)))
             return {"loss": logits.square().mean(), "logits": logits}
 
-    args = arguments(tmp_path, max_steps=6)
+    args = arguments(tmp_path, **PROBED_OFTEN)
     trainer = hf_lqa.LQATrainer(WithLabels(), args, train_dataset=rows(), compute_loss_func=mine)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -776,7 +784,7 @@ def test_a_trainer_whose_loss_cannot_be_replayed_goes_on_and_says_so_in_its_log(
         def compute_loss(self, model, inputs, **kwargs):
             return super().compute_loss(model, inputs, **kwargs) * (1 + next(self.more))
 
-    trainer = Draws(Classifier(), arguments(tmp_path, max_steps=12), train_dataset=rows())
+    trainer = Draws(Classifier(), arguments(tmp_path, **{**PROBED_OFTEN, "max_steps": 12}), train_dataset=rows())
     trainer.more = (i / 100 for i in itertools.count())
     with pytest.warns(UserWarning, match=r"Draws\.more"):
         trainer.train()

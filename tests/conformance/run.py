@@ -43,8 +43,8 @@ import pytest
 
 if os.environ["CONFORMANCE_KIND"] == "lqa":
     import transformers
-    from hf_lqa import LQA
     from hf_lqa.__main__ import patch_trainer
+    from hf_lqa.prober import Prober
 
     own = transformers.TrainingArguments.__post_init__
 
@@ -56,13 +56,13 @@ if os.environ["CONFORMANCE_KIND"] == "lqa":
 
     transformers.TrainingArguments.__post_init__ = __post_init__
     patch_trainer()
-    probe, probes = LQA._probe, []
+    probe, probes = Prober.probe, []
 
     def counting_probe(self, *args, **kwargs):
         probes.append(1)
         return probe(self, *args, **kwargs)
 
-    LQA._probe = counting_probe
+    Prober.probe = counting_probe
 else:
     probes = []
 

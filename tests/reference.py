@@ -1,0 +1,125 @@
+"""The rule `hf_lqa.rule.Displacement` once more: plain loops, in the order in which its documentation says it."""
+
+import math
+
+
+class Reference:
+    """One run, from shapes, `()` for what is frozen, to per-tensor multipliers."""
+
+    def __init__(self, shapes, total_steps=None, eta=0.3):
+        self.eta = eta
+        self.total_steps = 1000 if total_steps is None else total_steps
+        self.sizes = []
+        matrices, elements = [], 0
+        for place, shape in enumerate(shapes):
+            size = 1
+            for side in shape:
+                size *= side
+            self.sizes.append(size)
+            if shape:
+                elements += size
+            if len(shape) == 2 and size > 0:
+                matrices.append((place, size))
+
+        # A typical matrix: the geometric mean, each weighted by its root. Without a matrix, all elements.
+        counted = matrices or ([(None, elements)] if elements else [])
+        above = below = 0.0
+        for _, size in counted:
+            above += math.sqrt(size) * math.log(size)
+            below += math.sqrt(size)
+        typical = math.exp(above / below) if counted else 1.0
+        self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
+
+        # The body ends with the last matrix of the median size or more, where half of all roots is in larger ones.
+        left = sum(math.sqrt(size) for _, size in matrices) / 2
+        body = -1
+        for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
+            left -= math.sqrt(median)
+            if left <= 0:
+                for place, size in matrices:
+                    if size >= median:
+                        body = place
+                break
+        # The matrices that follow are the head; with one, vectors move as far.
+        heads = []
+        for place, _ in matrices:
+            if place > body:
+                heads.append(place)
+        self.first = []
+        for place, shape in enumerate(shapes):
+            fast = place in heads or (len(shape) == 1 and len(heads) > 0)
+            self.first.append(8.0 if fast else 1.0)
+
+        self.base = self.most = None
+        self.drift = [0.0] * len(shapes)
+        self.mean_squares = [0.0] * len(shapes)
+        self.measurements = 0
+        # One after the first step, then 15 more at that distance, then 16 at each.
+        self.next, self.distance, self.at_this_distance = 1, 1, 0
+
+    def start(self, begun, radius=0.0, minimiser=None):
+        """Of the prior in units of the direction, and of a probe whose radius is the loss's."""
+        self.base = self.most = begun if begun > radius else radius
+        if minimiser is not None and minimiser > self.most:
+            self.most = minimiser
+
+    def ramp(self, step):
+        length = round(0.06 * self.total_steps)
+        return (step + 1) / length if step + 1 < length else 1.0
+
+    def measures(self, step):
+        """To be asked of one step after the other."""
+        if step != self.next:
+            return False
+        self.at_this_distance += 1
+        if self.at_this_distance == 16:
+            self.distance, self.at_this_distance = self.distance + 1, 0
+        self.next += self.distance
+        return True
+
+    def observe(self, slopes, agreement, factor):
+        weight = (factor if factor < 1 else 1.0) / math.sqrt(self.measurements + 4)
+
+        # The base step size.
+        if math.isfinite(agreement):
+            gain = 4.0 if agreement < 0 else 2.0
+            self.base *= math.exp(-gain * weight * agreement)
+            if self.base > self.most:
+                self.base = self.most
+
+        # Each tensor whose slope is known, by the slope in units of its own size.
+        known = []
+        for place, slope in enumerate(slopes):
+            if place < len(self.sizes) and slope is not None and math.isfinite(slope) and slope != 0:
+                known.append(place)
+        if not known:
+            return
+        self.measurements += 1
+        for place in known:
+            slope = slopes[place]
+            self.mean_squares[place] = 0.9 * self.mean_squares[place] + (1 - 0.9) * slope**2
+            z = slope / math.sqrt(self.mean_squares[place] / (1 - 0.9**self.measurements))
+            z = 2.0 if z > 2 else -2.0 if z < -2 else z
+            self.drift[place] -= self.eta * weight * z
+
+        # Together they move as far as before.
+        above = below = 0.0
+        for place in known:
+            above += math.sqrt(self.sizes[place]) * math.exp(self.drift[place]) ** 2
+            below += math.sqrt(self.sizes[place])
+        for place in known:
+            drift = self.drift[place] - math.log(math.sqrt(above / below))
+            self.drift[place] = math.log(4) if drift > math.log(4) else -math.log(4) if drift < -math.log(4) else drift
+
+        # The others move as what comes before them; those at the beginning, as the first that is known.
+        last = self.drift[known[0]]
+        for place in range(len(self.drift)):
+            if place in known:
+                last = self.drift[place]
+            self.drift[place] = last
+
+    def multipliers(self):
+        found = []
+        for first, drift in zip(self.first, self.drift, strict=True):
+            found.append(first * 2 ** (round(2 * drift / math.log(2)) / 2))
+        return found
