@@ -8,14 +8,13 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
+from common import arguments, rows, tiny_bert
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from hf_lqa import LQA, LQAAdamW, LQACallback, ReplayedLoss
 from hf_lqa.rule.prior import PriorConfig, base_step_size
-
-from common import arguments, rows, tiny_bert
 
 STEPS = 60
 

@@ -627,7 +627,7 @@ def test_steps_of_each_kind_make_up_a_run():
     for steps in (30, 200, 2000):
         kinds = gpu_cost.kinds_of(steps)
         assert sum(kinds.values()) == steps and kinds["first_probe"] == 1
-        assert kinds["probe"] == 3 + (steps - 1) // 100
+        assert kinds["probe"] == (steps - 1) // 100
     assert gpu_cost.projected(dict.fromkeys(gpu_cost.KINDS, 1.5), 200) == pytest.approx(1.5)
     assert gpu_cost.projected({"probe": 2.0}, 200) is None
 

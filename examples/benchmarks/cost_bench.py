@@ -56,7 +56,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw_foreach_again": _foreach,
     "lqa": lambda model: LQA(_adamw(model, lr=1.0)),
     "lqa_foreach": lambda model: LQA(_foreach(model, lr=1.0)),
-    "lqa_paper": lambda model: LQA(torch.optim.SGD(peers.trainable(model), lr=1.0), policy="paper"),
+    "lqa_paper": lambda model: LQA(torch.optim.SGD(peers.trainable(model), lr=1.0), rule="paper"),
     "sgd": lambda model: torch.optim.SGD(peers.trainable(model), lr=1e-4),
     "schedule_free": _schedule_free,
     **{name: _peer(name) for name in ("prodigy", "salsa", "gen_adamw")},

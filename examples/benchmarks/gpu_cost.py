@@ -6,10 +6,9 @@ Its parts, each a key of the file:
 - ``steps``: launches, waits and where the time goes, of one step of each kind, out of the profiler, by `traced`.
 - ``memory``: peaks in copies of the trainable weights, and AdamW's.
 
-A step's **kind** is ``first_probe`` (a process loads kernels and builds plans for it), ``probe``, ``first_steps``
-(measured at both ends), ``measured`` (reads the slopes of the step before and copies the weights for its own),
-``reading`` or ``copying`` (only one of these), or ``ordinary``. A run of any length is made of them, so `projected`
-says what 200 and 2,000 steps would cost.
+A step's **kind** is ``first_probe`` (a process loads kernels and builds plans for it), ``probe``, ``measured`` (reads
+displacement slopes and the sign agreement), or ``ordinary``. A run of any length is made of them, so `projected` says
+what 200 and 2,000 steps would cost.
 
 What there was no time for stands in ``skipped`` by name.
 """
@@ -37,11 +36,12 @@ import transformers
 from cost_bench import Bench, peaks
 
 from hf_lqa import LQA, ReplayedLoss
-from hf_lqa.cross_batch import CrossBatchPolicy
 from hf_lqa.direction import Direction
+from hf_lqa.prober import Prober
+from hf_lqa.rule import Displacement
 from hf_lqa.slopes import Snapshot
 
-KINDS = ("first_probe", "probe", "first_steps", "measured", "reading", "copying", "ordinary")
+KINDS = ("first_probe", "probe", "measured", "ordinary")
 RUNS = (200, 2000)
 #: Right before a probe, in the cadence of a long run: what is not a whole run goes on there, to see every kind soon.
 LATE = 399
@@ -76,8 +76,8 @@ class Cell:
         return [f"adamw{suffix}", f"adamw{suffix}_again", f"lqa{suffix}"]
 
 
-#: In the order of what would be missed most. The first is a whole run of 200 steps, the others have the first steps and
-#: probes of one, 16 measured ones, and two dozen as they are late in a run.
+#: In the order of what would be missed most. The first is a whole run of 200 steps, the others have the first steps of
+#: one, and two dozen as they are late in a run, a probe among them.
 CELLS = (
     Cell("bert-22m", "bfloat16", "fused", 16, 64, steps=200),
     Cell("llama-135m", "bfloat16", "fused", 16, 128),
@@ -121,38 +121,22 @@ class Watched:
         if cell.steps < RUNS[0] and step == cell.early:
             self.lqa.counts["steps"] = LATE
 
-    def before(self) -> tuple[int, int, bool]:
-        return self.lqa.counts["steps"], self.lqa.counts["probe_forwards"], self.lqa._move.awaits_ends
-
-    def kind(self, before: tuple[int, int, bool]) -> str:
-        """Of the step that was just made, given what `before` said before it."""
-        step, forwards, reads = before
-        if self.lqa.counts["probe_forwards"] > forwards:
-            return "probe" if step else "first_probe"
-        return kind_of(reads, self.lqa._move.awaits_ends, self.lqa.policy.wants_start_slope(step))
+    def kind(self) -> str:
+        """Of the step that is to be made."""
+        return kind_of(self.lqa.rule, self.lqa.counts["steps"])
 
 
-def kind_of(reads: bool, takes: bool, first: bool) -> str:
-    if first:
-        return "first_steps"
-    return {(True, True): "measured", (True, False): "reading", (False, True): "copying"}.get(
-        (reads, takes), "ordinary"
-    )
+def kind_of(rule: Displacement, step: int) -> str:
+    if rule.wants_probe(step):
+        return "probe" if step else "first_probe"
+    return "measured" if rule.wants_measurement(step) else "ordinary"
 
 
 def kinds_of(steps: int) -> Counter[str]:
-    """How many steps of each kind a run of so many has; of probes as many as there can be."""
-    policy = CrossBatchPolicy()
-    policy.plan(steps)
-    policy.step_size = 1.0
-    found: Counter[str] = Counter()
-    for step in range(steps):
-        reads = step > 0 and policy.wants_end_slope(step - 1)
-        if step == 0 or policy.wants_probe(step):
-            found["probe" if step else "first_probe"] += 1
-        else:
-            found[kind_of(reads, policy.wants_end_slope(step), policy.wants_start_slope(step))] += 1
-    return found
+    """How many steps of each kind a run of so many has."""
+    rule = Displacement()
+    rule.start(1.0)
+    return Counter(kind_of(rule, step) for step in range(steps))
 
 
 def projected(ratios: dict[str, float], steps: int) -> float | None:
@@ -168,7 +152,7 @@ def paired(cell: Cell, device: str, deadline: float) -> dict[str, Any]:
     bench = Bench(cell.model, cell.optimizers, cell.batch_size, cell.length, getattr(torch, cell.dtype), device)
     base, control, own = cell.optimizers
     watched = Watched(bench, own)
-    watched.lqa.policy.plan(RUNS[0])
+    watched.lqa.plan(RUNS[0])
     times: dict[str, list[float]] = defaultdict(list)
     kinds: list[str] = []
     end = min(deadline, time.monotonic() + cell.seconds)
@@ -178,10 +162,9 @@ def paired(cell: Cell, device: str, deadline: float) -> dict[str, Any]:
         watched.skip(cell, step)
         batch = bench.batch()
         shift = step % 3
-        before = watched.before()
+        kinds.append(watched.kind())
         for name in cell.optimizers[shift:] + cell.optimizers[:shift]:
             times[name].append(1e3 * bench.step(name, batch, batch))
-        kinds.append(watched.kind(before))
     typical = statistics.median(times[base][1:] or times[base])
     milliseconds: dict[str, float] = {}
     ratios: dict[str, float] = {}
@@ -204,7 +187,7 @@ def paired(cell: Cell, device: str, deadline: float) -> dict[str, Any]:
         "warm_up_ms": milliseconds["first_probe"] - milliseconds["probe"] if "probe" in milliseconds else None,
         "whole": sum(times[own]) / sum(times[base]) if len(kinds) == RUNS[0] else None,
         "projected": {str(steps): projected(ratios, steps) for steps in RUNS},
-        "rates": len({*watched.lqa.relative_rates}),
+        "rates": len({*watched.lqa.multipliers}),
         "step_size": watched.lqa.step_size,
         "counts": dict(watched.lqa.counts),
     }
@@ -213,16 +196,15 @@ def paired(cell: Cell, device: str, deadline: float) -> dict[str, Any]:
 #: What LQA does beside the base optimizer's step, by the method that does it.
 LABELLED: list[tuple[Any, str, str]] = [
     (LQA, "step", "lqa: rest of the step"),
-    (LQA, "_probe", "probe: rest"),
+    (Prober, "probe", "probe: rest"),
     (ReplayedLoss, "__call__", "probe: forward passes"),
     (Direction, "__init__", "probe: rehearsal, copy of the origin"),
     (Direction, "move_to", "probe: moves"),
     (Direction, "restore", "probe: moves"),
-    (LQA, "_take_snapshot", "measured: copies of weights"),
     (Snapshot, "slopes", "measured: slopes"),
-    (Snapshot, "vote", "measured: votes"),
+    (Snapshot, "agreement", "measured: sign agreement"),
     (LQA, "_read", "lqa: reading numbers"),
-    (CrossBatchPolicy, "observe_end", "measured: policy"),
+    (Displacement, "observe", "measured: rule"),
     (torch.optim.AdamW, "step", "base: step"),
 ]
 REST, WHOLE = "training: forward, backward, clipping", "whole step"
@@ -308,7 +290,7 @@ def trace(cell: Cell, device: str, deadline: float) -> dict[str, Any]:
     base, _, own = cell.optimizers
     bench = Bench(cell.model, [base, own], cell.batch_size, cell.length, getattr(torch, cell.dtype), device)
     watched = Watched(bench, own)
-    watched.lqa.policy.plan(RUNS[0])
+    watched.lqa.plan(RUNS[0])
     for _ in range(2):
         bench.step(base, batch := bench.batch(), batch)
         traced(bench, base)  # the first use of the profiler takes seconds
@@ -318,17 +300,11 @@ def trace(cell: Cell, device: str, deadline: float) -> dict[str, Any]:
         if out_of_time(deadline) or len(found) == len(KINDS) + 1:
             break
         watched.skip(cell, step)
-        lqa, policy = watched.lqa, watched.lqa.policy
-        at, _, reads = before = watched.before()
-        expected = kind_of(reads, policy.wants_end_slope(at), policy.wants_start_slope(at))
-        if lqa.wants_probe:
-            expected = "probe" if at else "first_probe"
-        seen[expected] += 1
+        kind = watched.kind()
+        seen[kind] += 1
         # Not the first of its kind, which may load kernels, but of those of which there may be one.
-        if expected not in found and (seen[expected] > 1 or expected in ("first_probe", "probe", "copying", "reading")):
-            step_found = traced(bench, own)
-            if watched.kind(before) == expected:
-                found[expected] = step_found
+        if kind not in found and (seen[kind] > 1 or kind in ("first_probe", "probe")):
+            found[kind] = traced(bench, own)
         else:
             bench.step(own, batch := bench.batch(), batch)
     return {"cell": cell.name, "kinds": found, "shares": {str(n): shares(found, n) for n in RUNS}}

@@ -30,8 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_lqa import LQA, Fit, ReplayedLoss, Verdict, fit_losses
 from hf_lqa.direction import Direction
 from hf_lqa.groups import rescaled
-from hf_lqa.policy import PaperPolicy
 from hf_lqa.replay import rounding_error
+from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, radius
 
 #: name -> (type of the weights, type of autocast)
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -65,12 +65,12 @@ def losses(
 
 
 class Row:
-    """The fits in one precision, each beside float64's, and the policy that chooses their radius."""
+    """The fits in one precision, each beside float64's, and the state that their radius follows."""
 
     def __init__(self, weights: torch.dtype, autocast: torch.dtype | None, model: torch.nn.Module):
         self.autocast = autocast
         self.model = copy.deepcopy(model).to(weights)
-        self.policy = PaperPolicy()
+        self.config, self.state = RadiusConfig(), Radius()
         self.noise = rounding_error(self.model, autocast)
         self.eps = torch.finfo(autocast or weights).eps
         self.fits: list[tuple[Fit, Fit, Fit]] = []
@@ -86,17 +86,17 @@ class Row:
     ) -> None:
         origin, direction = line
         line = [o.to(p.dtype).to(o.dtype) for o, p in zip(origin, self.model.parameters(), strict=True)], direction
-        radius = self.policy.radius(*radius_from)
-        if radius is None:
+        reach = radius(self.config, self.state, *radius_from, None)
+        if reach is None:
             return
-        own = losses(self.model, batch, line, radius, self.autocast)
-        exact = losses(exact_model, batch, line, radius)
-        fit = fit_losses(*own, radius, noise=self.noise * abs(own[1]))
-        self.fits.append((fit, fit_losses(*own, radius), fit_losses(*exact, radius)))
-        self.scales.append(self.policy.radius_scale)
+        own = losses(self.model, batch, line, reach, self.autocast)
+        exact = losses(exact_model, batch, line, reach)
+        fit = fit_losses(*own, reach, noise=self.noise * abs(own[1]))
+        self.fits.append((fit, fit_losses(*own, reach), fit_losses(*exact, reach)))
+        self.scales.append(self.state.scale)
         error = sum(weight * (a - b) for weight, a, b in zip((1, -2, 1), own, exact, strict=True))
         self.errors.append((error / exact[1] / self.eps) ** 2)
-        self.policy.observe_probe(fit, radius)
+        self.state = adapted(self.config, self.state, fit, by_loss=True)
 
     def line(self) -> str:
         accepted = [(fit, exact) for fit, _, exact in self.fits if fit.verdict.usable]
@@ -135,9 +135,8 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names)).to(device).eval()
     exact_model = copy.deepcopy(model).double()
     rows = {name: Row(*kinds, model) for name, kinds in PRECISIONS.items()}
-    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0))
+    optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), total_steps=options.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
-    optimizer.policy.plan(options.steps)
 
     for step in range(options.steps):
         part = [table[(step * options.batch_size + i) % len(table)] for i in range(options.batch_size)]

@@ -111,8 +111,8 @@ def text(task: tasks.Task, options: argparse.Namespace) -> Loaded:
     kept: torch.Tensor | None = None
     if options.model is None and task.model == "minilm":
         # Words that no text has get no gradient, and none of the methods moves them without weight decay: leaving their
-        # vectors out spares half of the optimizer's work. It raises what shapes say a little, for `lqa` and the formulas:
-        # a typical matrix is smaller without them.
+        # vectors out spares half of the optimizer's work. It raises what shapes say a little, for `lqa` and formulas: a
+        # typical matrix is smaller without them.
         pad = tokenizer.pad_token_id
         used = {i for row in train + validation for i in row["input_ids"]} - {pad}
         kept = torch.tensor([pad, *sorted(used)])
