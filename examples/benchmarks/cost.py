@@ -26,7 +26,6 @@ on one from local files, see ``gpu_quality.py``. Both need torch, Transformers, 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
@@ -37,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from cost_bench import OPTIMIZERS, Bench, peaks
+from cost_bench import OPTIMIZERS, Bench, peaks, probe_every
 
 from hf_lqa import ReplayedLoss
 from hf_lqa.direction import Direction
@@ -153,8 +152,7 @@ def profile_table(options: argparse.Namespace) -> None:
         kept = {(o, m): getattr(o, m) for o, m, _ in PROFILED}
         for owner, method, label in PROFILED:
             timed(owner, method, label)
-        lqa: Any = bench.optimizers["lqa"]
-        lqa.rule.config = dataclasses.replace(lqa.rule.config, probe_interval=1)
+        probe_every(bench.optimizers["lqa"], 1)
         steps, total, base = 0, 0.0, 0.0
         try:
             for step in range(options.steps + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -204,6 +205,12 @@ class Bench:
         return optimizer.counts["probe_forwards"] if isinstance(optimizer, LQA) else getattr(optimizer, "forwards", 0)
 
 
+def probe_every(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Have an `LQA` probe so often, to see what is rare in a run; others are left alone."""
+    if isinstance(optimizer, LQA):
+        optimizer.rule.config = dataclasses.replace(optimizer.rule.config, probe_interval=steps)  # type: ignore[type-var]
+
+
 def peaks(
     model: str,
     name: str,
@@ -215,6 +222,7 @@ def peaks(
 ) -> dict[str, list[float]]:
     """Bytes that tensors occupied at most in each step, beyond the model, over the trainable weights' bytes."""
     bench = Bench(model, [name], batch_size, length, dtype, device)
+    probe_every(bench.optimizers[name], 3)
     found: dict[str, list[float]] = {"probe": [], "other": [], "held": []}
     on_cuda = bench.device.type == "cuda"
     live = 0
