@@ -101,7 +101,9 @@ class Prober:
         self.counts[record.fit.verdict.value] += 1
         self.counts["searched"] += not record.by_loss
         self.state = adapted(self.config, self.state, record.fit, record.by_loss)
-        self.rule.observe_probe(probed.begun, record.fit, record.radius, record.by_loss, self.state.follows_step)
+        # A radius that was given says nothing of the loss.
+        by_loss = record.by_loss and self.config.fixed is None
+        self.rule.observe_probe(probed.begun, record.fit, record.radius, by_loss, self.state.follows_step)
 
     def begin(self, base: torch.optim.Optimizer, multipliers: list[float], step: Step) -> float:
         """What a first probe gives where there is no closure: the direction is looked at, and no loss computed.

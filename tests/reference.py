@@ -35,16 +35,22 @@ class Reference:
         body = -1
         for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
             left -= math.sqrt(median)
-            if left <= 0:
+            if left <= 1e-9 * sum(math.sqrt(size) for _, size in matrices):
                 for place, size in matrices:
                     if size >= median:
                         body = place
                 break
-        # The matrices that follow are the head; with one, vectors move as far.
-        heads = []
+        # Matrices that follow are the head, if one of them is like one other at most. Then vectors move as far.
+        heads, alone = [], False
         for place, _ in matrices:
             if place > body:
                 heads.append(place)
+                alike = 0
+                for other, _ in matrices:
+                    alike += shapes[other] == shapes[place]
+                alone = alone or alike <= 2
+        if not alone:
+            heads = []
         self.first = []
         for place, shape in enumerate(shapes):
             fast = place in heads or (len(shape) == 1 and len(heads) > 0)
@@ -53,12 +59,15 @@ class Reference:
         self.base = self.most = None
         self.drift = [0.0] * len(shapes)
         self.mean_squares = [0.0] * len(shapes)
+        self.counts = [0] * len(shapes)
         self.measurements = 0
         # One after the first step, then 15 more at that distance, then 16 at each.
         self.next, self.distance, self.at_this_distance = 1, 1, 0
 
     def start(self, begun, radius=0.0, minimiser=None):
         """Of the prior in units of the direction, and of a probe whose radius is the loss's."""
+        if minimiser is not None and minimiser < radius:
+            radius = minimiser
         self.base = self.most = begun if begun > radius else radius
         if minimiser is not None and minimiser > self.most:
             self.most = minimiser
@@ -88,21 +97,23 @@ class Reference:
                 self.base = self.most
 
         # Each tensor whose slope is known, by the slope in units of its own size.
-        known = []
-        for place, slope in enumerate(slopes):
-            if place < len(self.sizes) and slope is not None and math.isfinite(slope) and slope != 0:
-                known.append(place)
-        if not known:
-            return
         self.measurements += 1
-        for place in known:
-            slope = slopes[place]
-            self.mean_squares[place] = 0.9 * self.mean_squares[place] + (1 - 0.9) * slope**2
-            z = slope / math.sqrt(self.mean_squares[place] / (1 - 0.9**self.measurements))
+        for place, slope in enumerate(slopes):
+            if place >= len(self.sizes) or slope is None or not math.isfinite(slope * slope) or slope == 0:
+                continue
+            mean_square = 0.9 * self.mean_squares[place] + (1 - 0.9) * (slope * slope)
+            if mean_square == 0:
+                continue
+            self.mean_squares[place] = mean_square
+            self.counts[place] += 1
+            z = slope / math.sqrt(mean_square / (1 - 0.9 ** self.counts[place]))
             z = 2.0 if z > 2 else -2.0 if z < -2 else z
             self.drift[place] -= self.eta * weight * z
 
-        # Together they move as far as before.
+        # Together all that ever had one move as far as before.
+        known = [place for place, count in enumerate(self.counts) if count > 0]
+        if not known:
+            return
         above = below = 0.0
         for place in known:
             above += math.sqrt(self.sizes[place]) * math.exp(self.drift[place]) ** 2
@@ -111,7 +122,7 @@ class Reference:
             drift = self.drift[place] - math.log(math.sqrt(above / below))
             self.drift[place] = math.log(4) if drift > math.log(4) else -math.log(4) if drift < -math.log(4) else drift
 
-        # The others move as what comes before them; those at the beginning, as the first that is known.
+        # The others move as what comes before them; those at the beginning, as the first of these.
         last = self.drift[known[0]]
         for place in range(len(self.drift)):
             if place in known:

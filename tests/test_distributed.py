@@ -89,7 +89,7 @@ def test_fsdp2_measures_what_ddp_does(kind, two):
     ours, theirs = (two[name].steps[1:] for name in (f"{kind}-whole", "ddp-whole"))
     agreements, references = ([step["agreement"] for step in steps] for steps in (ours, theirs))
     assert len(agreements) == 3 and agreements == pytest.approx(references, abs=2e-3)
-    assert min(map(abs, agreements)) > 0.01, "they would be near anyway"
+    assert max(map(abs, agreements)) > 0.03, "they would be near anyway"
     for step, reference in zip(ours, theirs, strict=True):
         largest = max(map(abs, reference["slopes"]))
         assert step["slopes"] == pytest.approx(reference["slopes"], rel=1e-3, abs=1e-3 * largest)

@@ -130,7 +130,7 @@ def test_probes_leave_no_trace_in_training(precision, tmp_path, repeatable):
     )
     recorder = Recorder(ours)
     ours.train()
-    assert ours.lqa.counts["probe_forwards"] >= 10 and len(set(recorder.steps[-1]["relative_rates"])) > 1
+    assert ours.lqa.counts["probe_forwards"] >= 10 and len(set(recorder.steps[-1]["multipliers"])) > 1
     stock = Trainer(
         tiny_bert(),
         arguments(tmp_path, optim="adamw_torch_fused", **settings),
@@ -189,30 +189,30 @@ def synchronizations(step):
 
 @pytest.mark.parametrize("depth", [3, 40])
 def test_a_step_without_probe_looks_at_its_gradients_once_and_launches_what_the_base_launches(depth):
-    (_, lqa, _), (_, base, _) = prepared((64,) * depth, policy="paper", probe_interval=100)
+    (_, lqa, _), (_, base, _) = prepared((64,) * depth, rule="paper", probe_interval=100)
     assert (synchronizations(lqa.step), synchronizations(base.step)) == (1, 0)
     ours, theirs = collections.Counter(kernels(lqa.step)), collections.Counter(kernels(base.step))
     assert not theirs - ours and (ours - theirs).total() <= 20, "the largest elements of all, whatever the depth"
 
 
 @pytest.mark.parametrize("depth", [2, 40])
-def test_a_probe_waits_three_times_and_an_observed_step_once_whatever_the_depth(depth):
+def test_a_probe_waits_three_times_and_a_measured_step_once_whatever_the_depth(depth):
     # Once to see that gradients are finite, once for the slope that gives the radius, once for both losses; with weight
     # decay once for the rehearsal's scale.
     for weight_decay, expected in ((0.0, 3), (0.1, 4)):
-        (_, lqa, closure), _ = prepared((64,) * depth, weight_decay, policy="paper", probe_interval=1)
+        (_, lqa, closure), _ = prepared((64,) * depth, weight_decay, rule="paper", probe_interval=1)
         assert synchronizations(lambda lqa=lqa, closure=closure: lqa.step(closure)) == expected
     (_, lqa, _), _ = prepared((64,) * depth)
-    lqa.step()  # observed, as those around it
-    assert not lqa.wants_probe
+    assert not lqa.wants_probe and lqa.rule.wants_measurement(lqa.counts["steps"])
     assert synchronizations(lqa.step) == 1
 
 
-def test_launches_of_an_observed_step_do_not_grow_with_the_depth():
+def test_launches_of_a_measured_step_do_not_grow_with_the_depth():
     counts = []
     for depth in (3, 40):
         (_, lqa, _), (_, base, _) = prepared((64,) * depth)
-        lqa.step()
+        lqa.rule.multipliers = lambda count: []  # several have launches of their own
+        assert lqa.rule.wants_measurement(lqa.counts["steps"])
         counts.append(len(kernels(lqa.step)) - len(kernels(base.step)))
     assert counts[1] <= counts[0] + 10, counts
 
@@ -227,23 +227,25 @@ def test_products_at_once_are_those_of_one_after_the_other():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_votes_at_once_are_those_of_one_after_the_other(dtype):
+def test_products_of_signs_at_once_are_those_of_one_after_the_other(dtype):
     left, right, minus = ([torch.randn(n, 700, device="cuda").to(dtype) for n in (3, 1, 900, 7000)] for _ in range(3))
     expected = [
         float((torch.sign(a) * torch.sign(b - c)).sum(dtype=torch.float64))
         for a, b, c in zip(left, right, minus, strict=True)
     ]
-    assert products.votes(left, right, minus).tolist() == expected
-    assert [float(products._vote(*three)) for three in zip(left, right, minus, strict=True)] == expected
+    assert products.sign_products(left, right, minus).tolist() == expected
+    alone = [products._sign_product(*three) for three in zip(left, right, minus, strict=True)]
+    assert [float(found) for found in alone] == expected
 
 
 def test_different_rates_launch_the_base_once_for_each():
-    (_, lqa, _), (_, base, _) = prepared((64,) * 12, policy="paper", probe_interval=100)
+    (_, lqa, _), (_, base, _) = prepared((64,) * 12, rule="paper", probe_interval=100)
     one = len(kernels(base.step))
-    lqa.policy.relative_rates = lambda count: [2.0 ** (i % 4 / 2) for i in range(count)]
+    lqa.rule.multipliers = lambda count: [2.0 ** (i % 4 / 2) for i in range(count)]
     lqa.step()
-    assert synchronizations(lqa.step) == 0
-    assert len(kernels(lqa.step)) <= 4 * one
+    # Beside them the gradients are looked at, whether they are finite.
+    assert synchronizations(lqa.step) == 1
+    assert len(kernels(lqa.step)) <= 4 * one + 20
 
 
 def first_rank(spec, folder, launcher=None):

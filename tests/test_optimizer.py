@@ -156,7 +156,7 @@ def test_steps_without_a_probe_are_the_base_optimizers():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_groups_keep_their_relative_rates_and_schedulers_compose():
+def test_groups_keep_their_ratios_and_schedulers_compose():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     groups = [{"params": model[0].parameters(), "lr": 1.0}, {"params": model[1].parameters(), "lr": 0.25}]
     optimizer = LQA(torch.optim.SGD(groups, lr=1.0), rule="paper", probe_interval=1000)

@@ -124,7 +124,7 @@ def test_a_rule_survives_its_state_dict(name, observations, stop):
     (straight, config), state = build(name, {"probe_interval": 3}), Radius()
     resumed = build(name, {"probe_interval": 3})[0]
     for step, (loss, slope, agreement) in enumerate(observations):
-        if step == stop:
+        if step == stop % len(observations):
             kept = json.loads(json.dumps(resumed.state_dict()))
             resumed = build(name, {"probe_interval": 3})[0]
             resumed.load_state_dict(kept)

@@ -52,6 +52,9 @@ def test_a_run_ten_times_as_long_begins_half_as_far():
         ([(9, 9), (9,), (2, 9), (2,)], [1, 8, 8, 8]),
         # Vectors count wherever they stand: a Trainer has them last. Small tables before the body's end do not.
         ([(2, 9), (9, 9), (4, 9), (2, 9), (9,)], [1, 1, 1, 8, 8]),
+        # Three alike are layers, as LoRA has them where keys and values are shared.
+        ([(9, 9), (2, 9), (9, 9), (2, 9), (9, 9), (2, 9), (9,)], [1, 1, 1, 1, 1, 1, 1]),
+        ([(9, 9), (2, 9), (9, 9), (2, 9), (9, 9), (2, 9), (4, 9), (9,)], [1, 1, 1, 1, 1, 8, 8, 8]),
         ([(9, 9), (), (4, 4, 4, 4), (2, 9)], [1, 1, 1, 8]),
         # Half of the roots' sum is in the first one, and then not quite.
         ([(9, 9), (5, 5), (4, 4)], [1, 8, 8]),
@@ -127,7 +130,14 @@ def test_what_is_not_known_moves_as_what_comes_before_it():
     state = after([-1.0, 1.0, 1.0, -1.0], [4, 4])
     assert state == after([-1.0, 1.0], [4, 4]), "that of a tensor added later"
     for nothing in ([], [None, None], [0.0, 0.0], [math.nan, math.inf]):
-        assert after(nothing, [4, 4], state=state) == state
+        assert after(nothing, [4, 4], state=state) == replace(state, count=state.count + 1)
+
+
+def test_a_gradient_that_is_missing_once_leaves_what_was_learned():
+    state = after([-1.0, 1.0, -1.0, 1.0], [4] * 4)
+    for slopes in ([-1.0, 1.0, -1.0, None], [0.0, None, None, 1.0]):
+        again = after(slopes, [4] * 4, state=state)
+        assert (again.drift[0] > 0) and (again.drift[2] > 0) and again.drift[1] < 0 and again.drift[3] < 0
 
 
 def test_multipliers_are_applied_to_half_a_doubling():
@@ -154,6 +164,7 @@ def test_a_radius_is_where_the_loss_changes_by_a_share():
     # No finite distance, or none at all.
     for loss, slope in ((1, 0), (0, 1), (math.nan, 1), (math.inf, 1), (1, math.nan), (1, math.inf), (1e300, 1e-300)):
         assert radius(REACH, Radius(), loss, slope, 1.0) is None
+    assert radius(REACH, Radius(follows_step=True), math.nan, 1.0, 1.0) is None
 
 
 def test_where_the_loss_is_no_scale_radii_and_bounds_follow_the_step_size():
@@ -173,8 +184,9 @@ def test_a_first_probe_moves_the_weights_by_something():
     for loss in (1.0, 1e-9, 0.0):
         assert first_radius(REACH, loss, -1.0, 0.03 * 1001) == 0.03 * 1001
     assert first_radius(RadiusConfig(fixed=1e-9), 1.0, -1.0, 1.0) == 1e-9
-    for loss, slope, prior in ((0.0, 0.0, 1.0), (math.nan, 1.0, 1.0), (0.0, math.inf, 1.0), (0.0, 1.0, math.nan)):
-        assert first_radius(REACH, loss, slope, prior) is None
+    for loss, slope in ((0.0, 0.0), (math.nan, 1.0), (0.0, math.inf)):
+        assert first_radius(REACH, loss, slope, 1.0) is None
+    assert first_radius(REACH, 0.0, 1.0, math.inf) is first_radius(REACH, 0.0, 1.0, math.nan) is None
 
 
 def test_a_radius_doubles_while_differences_drown_and_comes_back_with_good_fits():

@@ -41,7 +41,7 @@ class Displacement:
     A batch's own parabola counts the batch's own noise as progress. So the base step size begins where the model's
     shapes say, but not where a step would change the first batch's loss by less than the share `tau`,
 
-        base = max(P / rms, radius)          P: see `base_step_size`
+        base = max(P / rms, min(radius, minimiser))          P: see `base_step_size`
 
     with the root mean square of those elements of the direction that are not 0; a ramp leads to it. Each later
     measurement number ``k``, from 0, moves it by the sign agreement (`moved`) and turns steps by per-tensor multipliers
@@ -119,13 +119,13 @@ class Displacement:
         Args:
             begun: as for `start`; NaN where that is not known.
             radius: of the probe; NaN where there was none, as where the gradient is 0.
-            by_loss: whether it is what the loss's value says; else a first probe had to look for another.
+            by_loss: whether it is what the loss's value says, and neither searched for nor given.
             follows_step: whether the loss is no scale.
         """
         known = math.isfinite(begun) and math.isfinite(radius)
         if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not known:
             return
-        self.step_size = max(begun, radius) if by_loss else begun
+        self.step_size = max(begun, min(radius, fit.step_size or radius)) if by_loss else begun
         self.ceiling = max(self.step_size, fit.step_size or 0.0)
 
     def observe(self, measurement: Measurement) -> None:
@@ -146,4 +146,5 @@ class Displacement:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step_size, self.ceiling, self.sizes = state["step_size"], state["ceiling"], tuple(state["sizes"])
         kept = state["multipliers"]
-        self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])
+        first, drift, squares, counts = (tuple(kept[key]) for key in ("first", "drift", "mean_squares", "counts"))
+        self.state = Multipliers(first, drift, squares, counts, kept["count"])

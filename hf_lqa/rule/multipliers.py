@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .records import require, weights_of
+from .records import is_number, require, weights_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MultiplierConfig:
     to_a_doubling: int = 2
 
     def __post_init__(self) -> None:
-        require(isinstance(self.eta, (int, float)) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
+        require(is_number(self.eta) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,20 @@ class Multipliers:
         first: what each was at the start.
         drift: logarithm of how far each has moved from there.
         mean_squares: decaying sum of each tensor's squared slopes.
+        counts: of each, measurements so far in which its slope was known.
         count: measurements so far.
     """
 
     first: tuple[float, ...] = ()
     drift: tuple[float, ...] = ()
     mean_squares: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
     count: int = 0
 
     @classmethod
     def started(cls, first: Sequence[float]) -> Multipliers:
         zeros = (0.0,) * len(first)
-        return cls(tuple(first), zeros, zeros)
+        return cls(tuple(first), zeros, zeros, (0,) * len(first))
 
 
 def updated(
@@ -63,7 +65,7 @@ def updated(
 
     with the displacement slope ``s_i`` of tensor ``i`` and the root ``rms`` of its decaying, bias-corrected mean
     square. Then their mean square, weighted by the root of each tensor's size, is set to 1: multipliers turn a step,
-    and leave its length to the base step size. A tensor without a slope has the drift of the one before it.
+    and leave its length to the base step size. A tensor that never had a slope has the drift of the one before it.
 
     Args:
         slopes: displacement slopes in units of the loss, `None` where unknown; those of more tensors than the state
@@ -71,27 +73,26 @@ def updated(
         sizes: number of elements of each tensor.
         weight: how much the measurement counts, ``w``, ``>= 0``.
     """
-    bias = 1 - config.memory ** (state.count + 1)
-    drift, squares = list(state.drift), list(state.mean_squares)
-    known = []
+    drift, squares, counts = list(state.drift), list(state.mean_squares), list(state.counts)
     for i, slope in enumerate(slopes[: len(drift)]):
-        if slope is not None and 0 < slope * slope < math.inf:
-            squares[i] = config.memory * squares[i] + (1 - config.memory) * slope * slope
-            z = slope / math.sqrt(squares[i] / bias)
+        if slope is None or not slope * slope < math.inf:
+            continue
+        square = config.memory * squares[i] + (1 - config.memory) * slope * slope
+        if slope and square > 0:
+            squares[i], counts[i] = square, counts[i] + 1
+            z = slope / math.sqrt(square / (1 - config.memory ** counts[i]))
             drift[i] -= config.eta * weight * min(max(z, -config.clip), config.clip)
-            known.append(i)
-    if not known:
-        return state
-    weights = weights_of([sizes[i] for i in known])
-    mean = sum(w * math.exp(2 * drift[i]) for i, w in zip(known, weights, strict=True)) / sum(weights)
-    bound = math.log(config.bound)
-    for i in known:
-        drift[i] = min(max(drift[i] - math.log(mean) / 2, -bound), bound)
-    measured, last = {*known}, drift[known[0]]
-    for i in range(len(drift)):
-        last = drift[i] if i in measured else last
-        drift[i] = last
-    return Multipliers(state.first, tuple(drift), tuple(squares), state.count + 1)
+    measured = [i for i, count in enumerate(counts) if count]
+    if measured:
+        weights = weights_of([sizes[i] for i in measured])
+        mean = sum(w * math.exp(2 * drift[i]) for i, w in zip(measured, weights, strict=True)) / sum(weights)
+        bound = math.log(config.bound)
+        for i in measured:
+            drift[i] = min(max(drift[i] - math.log(mean) / 2, -bound), bound)
+        last = drift[measured[0]]
+        for i, count in enumerate(counts):
+            last = drift[i] = drift[i] if count else last
+    return Multipliers(state.first, tuple(drift), tuple(squares), tuple(counts), state.count + 1)
 
 
 def rounded(state: Multipliers, count: int, config: MultiplierConfig) -> list[float]:

@@ -61,18 +61,22 @@ def base_step_size(shapes: Sequence[tuple[int, ...]], total_steps: int | None, c
 def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[float]:
     """What multiplies each tensor's step from the start: `head` for those of the head and for vectors, 1 for all else.
 
-    The body ends with the last matrix of at least the median size, and the matrices after it are the head. In the
-    median each matrix counts as the root of its size. Where there is no head, vectors are not faster, either. Frozen
-    tensors do not count.
+    The body ends with the last matrix of at least the median size, and the matrices after it are the head, unless all
+    of them are repeated: three matrices of one shape are layers. For the median each counts as the root of its size.
+    Where there is no head, vectors are not faster, either. Frozen tensors do not count.
     """
     sizes = _matrices(shapes)
-    half, median = sum(weights_of(sizes)) / 2, 0
+    total = sum(weights_of(sizes))
+    half, median = total / 2, 0
     for median in sorted(sizes, reverse=True):
         half -= math.sqrt(median)
-        if half <= 0:
+        if half <= 1e-9 * total:  # a tie is no matter of rounding
             break
     body = max((i for i, n in enumerate(sizes) if n and n >= median), default=len(sizes))
-    if not any(sizes[body + 1 :]):
+    matrices = [shape for shape, n in zip(shapes, sizes, strict=True) if n]
+    after = [shape for shape, n in zip(shapes[body + 1 :], sizes[body + 1 :], strict=True) if n]
+    # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
+    if not any(matrices.count(shape) <= 2 for shape in after):
         return [1.0] * len(sizes)
     of_head = (i > body if n else len(shape) == 1 for i, (n, shape) in enumerate(zip(sizes, shapes, strict=True)))
     return [config.head if own else 1.0 for own in of_head]

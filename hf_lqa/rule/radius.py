@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..quadratic import Fit, Verdict
-from .records import require
+from .records import is_number, require
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class RadiusConfig:
     tries: int = 6
 
     def __post_init__(self) -> None:
-        require(isinstance(self.tau, (int, float)) and 0 < self.tau < 1, "tau", self.tau, "must be in (0, 1)")
+        require(is_number(self.tau) and 0 < self.tau < 1, "tau", self.tau, "must be in (0, 1)")
         require(
-            self.fixed is None or (math.isfinite(self.fixed) and self.fixed > 0),
+            self.fixed is None or (is_number(self.fixed) and math.isfinite(self.fixed) and self.fixed > 0),
             "probe_radius",
             self.fixed,
             "must be a finite number > 0, or None for the rule",

@@ -13,6 +13,10 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: {allowed}")
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def require_interval(value: object) -> None:
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(valid, "probe_interval", value, "must be an integer >= 1")
