@@ -30,12 +30,20 @@ class Reference:
         typical = math.exp(above / below) if counted else 1.0
         self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
 
-        # The body ends with the last matrix of the median size or more, where half of all roots is in larger ones.
-        left = sum(math.sqrt(size) for _, size in matrices) / 2
+        # The body ends with the last matrix of the typical size or more.
         body = -1
-        for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
+        for place, size in matrices:
+            if size >= typical * (1 - 1e-9):
+                body = place
+        before = after = 0
+        for place, _ in matrices:
+            before, after = before + (place <= body), after + (place > body)
+        # If that leaves most of them, with that of the median size, where half of all roots is in larger ones.
+        left = sum(math.sqrt(size) for _, size in matrices) / 2
+        tie = 1e-9 * left
+        for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True) if after > before else []:
             left -= math.sqrt(median)
-            if left <= 1e-9 * sum(math.sqrt(size) for _, size in matrices):
+            if left <= tie:
                 for place, size in matrices:
                     if size >= median:
                         body = place
@@ -59,7 +67,6 @@ class Reference:
         self.base = self.most = None
         self.drift = [0.0] * len(shapes)
         self.mean_squares = [0.0] * len(shapes)
-        self.counts = [0] * len(shapes)
         self.measurements = 0
         # One after the first step, then 15 more at that distance, then 16 at each.
         self.next, self.distance, self.at_this_distance = 1, 1, 0
@@ -105,13 +112,12 @@ class Reference:
             if mean_square == 0:
                 continue
             self.mean_squares[place] = mean_square
-            self.counts[place] += 1
-            z = slope / math.sqrt(mean_square / (1 - 0.9 ** self.counts[place]))
+            z = slope / math.sqrt(mean_square / (1 - 0.9**self.measurements))
             z = 2.0 if z > 2 else -2.0 if z < -2 else z
             self.drift[place] -= self.eta * weight * z
 
         # Together all that ever had one move as far as before.
-        known = [place for place, count in enumerate(self.counts) if count > 0]
+        known = [place for place, square in enumerate(self.mean_squares) if square > 0]
         if not known:
             return
         above = below = 0.0

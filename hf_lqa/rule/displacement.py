@@ -146,5 +146,4 @@ class Displacement:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step_size, self.ceiling, self.sizes = state["step_size"], state["ceiling"], tuple(state["sizes"])
         kept = state["multipliers"]
-        first, drift, squares, counts = (tuple(kept[key]) for key in ("first", "drift", "mean_squares", "counts"))
-        self.state = Multipliers(first, drift, squares, counts, kept["count"])
+        self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])

@@ -40,20 +40,18 @@ class Multipliers:
         first: what each was at the start.
         drift: logarithm of how far each has moved from there.
         mean_squares: decaying sum of each tensor's squared slopes.
-        counts: of each, measurements so far in which its slope was known.
         count: measurements so far.
     """
 
     first: tuple[float, ...] = ()
     drift: tuple[float, ...] = ()
     mean_squares: tuple[float, ...] = ()
-    counts: tuple[int, ...] = ()
     count: int = 0
 
     @classmethod
     def started(cls, first: Sequence[float]) -> Multipliers:
         zeros = (0.0,) * len(first)
-        return cls(tuple(first), zeros, zeros, (0,) * len(first))
+        return cls(tuple(first), zeros, zeros)
 
 
 def updated(
@@ -73,16 +71,17 @@ def updated(
         sizes: number of elements of each tensor.
         weight: how much the measurement counts, ``w``, ``>= 0``.
     """
-    drift, squares, counts = list(state.drift), list(state.mean_squares), list(state.counts)
+    bias = 1 - config.memory ** (state.count + 1)
+    drift, squares = list(state.drift), list(state.mean_squares)
     for i, slope in enumerate(slopes[: len(drift)]):
         if slope is None or not slope * slope < math.inf:
             continue
         square = config.memory * squares[i] + (1 - config.memory) * slope * slope
         if slope and square > 0:
-            squares[i], counts[i] = square, counts[i] + 1
-            z = slope / math.sqrt(square / (1 - config.memory ** counts[i]))
+            squares[i] = square
+            z = slope / math.sqrt(square / bias)
             drift[i] -= config.eta * weight * min(max(z, -config.clip), config.clip)
-    measured = [i for i, count in enumerate(counts) if count]
+    measured = [i for i, square in enumerate(squares) if square]
     if measured:
         weights = weights_of([sizes[i] for i in measured])
         mean = sum(w * math.exp(2 * drift[i]) for i, w in zip(measured, weights, strict=True)) / sum(weights)
@@ -90,9 +89,9 @@ def updated(
         for i in measured:
             drift[i] = min(max(drift[i] - math.log(mean) / 2, -bound), bound)
         last = drift[measured[0]]
-        for i, count in enumerate(counts):
-            last = drift[i] = drift[i] if count else last
-    return Multipliers(state.first, tuple(drift), tuple(squares), tuple(counts), state.count + 1)
+        for i, square in enumerate(squares):
+            last = drift[i] = drift[i] if square else last
+    return Multipliers(state.first, tuple(drift), tuple(squares), state.count + 1)
 
 
 def rounded(state: Multipliers, count: int, config: MultiplierConfig) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,25 +62,31 @@ def base_step_size(shapes: Sequence[tuple[int, ...]], total_steps: int | None, c
 def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[float]:
     """What multiplies each tensor's step from the start: `head` for those of the head and for vectors, 1 for all else.
 
-    The body ends with the last matrix of at least the median size, and the matrices after it are the head, unless all
-    of them are repeated: three matrices of one shape are layers. For the median each counts as the root of its size.
-    Where there is no head, vectors are not faster, either. Frozen tensors do not count.
+    The body ends with the last matrix of at least the typical size. If more matrices come after it than it has, as
+    after a small model's table of word vectors, it ends with the last of at least the median size, for which each counts as
+    the root of its size. The matrices after it are the head, unless all of them are repeated: three of one shape are
+    layers. Where there is no head, vectors are not faster, either. Frozen tensors do not count.
     """
-    sizes = _matrices(shapes)
-    total = sum(weights_of(sizes))
-    half, median = total / 2, 0
-    for median in sorted(sizes, reverse=True):
-        half -= math.sqrt(median)
-        if half <= 1e-9 * total:  # a tie is no matter of rounding
-            break
-    body = max((i for i, n in enumerate(sizes) if n and n >= median), default=len(sizes))
-    matrices = [shape for shape, n in zip(shapes, sizes, strict=True) if n]
-    after = [shape for shape, n in zip(shapes[body + 1 :], sizes[body + 1 :], strict=True) if n]
+    matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n]
+    # A rounding error of the mean must not make a head of the last of equal matrices.
+    body = [i for i, n in matrices if n >= typical_size(shapes) * (1 - 1e-9)][-1:]
+    if body and sum(i > body[0] for i, _ in matrices) > sum(i <= body[0] for i, _ in matrices):
+        body = [i for i, n in matrices if n >= _median([n for _, n in matrices])][-1:]
+    after = [shapes[i] for i, _ in matrices if i > body[0]]
     # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
-    if not any(matrices.count(shape) <= 2 for shape in after):
-        return [1.0] * len(sizes)
-    of_head = (i > body if n else len(shape) == 1 for i, (n, shape) in enumerate(zip(sizes, shapes, strict=True)))
-    return [config.head if own else 1.0 for own in of_head]
+    if not any(sum(shapes[i] == shape for i, _ in matrices) <= 2 for shape in after):
+        return [1.0] * len(shapes)
+    head = {i for i, _ in matrices if i > body[0]}
+    return [config.head if i in head or len(shape) == 1 else 1.0 for i, shape in enumerate(shapes)]
+
+
+def _median(sizes: Sequence[int]) -> int:
+    """The size that matrices of half of all roots have or exceed."""
+    half = sum(weights_of(sizes)) / 2
+    ordered = sorted(sizes, reverse=True)
+    roots = itertools.accumulate(weights_of(ordered))
+    # A tie is no matter of rounding.
+    return next(n for n, root in zip(ordered, roots, strict=True) if root >= half * (1 - 1e-9))
 
 
 def _matrices(shapes: Sequence[tuple[int, ...]]) -> list[int]:
