@@ -64,8 +64,8 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
 
     The body ends with the last matrix of at least the typical size. If more matrices come after it than it has, as
     after a small model's table of word vectors, it ends with the last of at least the median size, for which each
-    counts as the root of its size. The matrices after it are the head, unless all of them are repeated: three of one shape are
-    layers. Where there is no head, vectors are not faster, either. Frozen tensors do not count.
+    counts as the root of its size. The matrices after it are the head, unless all of them are repeated: three of one
+    shape are layers. Where there is no head, vectors are not faster, either. Frozen tensors do not count.
     """
     matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n]
     # A rounding error of the mean must not make a head of the last of equal matrices.
