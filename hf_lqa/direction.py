@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -233,18 +233,15 @@ class Direction:
         return self.unit * dot([p.grad.detach() for p in self.params if p.grad is not None], self.tensors)
 
     @torch.no_grad()
-    def size(self, base: torch.optim.Optimizer, multipliers: list[float]) -> tuple[Tensor, Tensor]:
+    def size(self, multipliers: Mapping[Tensor, float]) -> tuple[Tensor, Tensor]:
         """The direction's summed squares without per-tensor multipliers, and its number of elements that are not 0.
 
         Args:
-            base: the optimizer that was rehearsed.
-            multipliers: of each of its parameters, which the rehearsed rates had; nothing where all are 1.
+            multipliers: of parameters, what the rehearsed rates had; 1 for all others.
         """
-        every = [p for group in base.param_groups for p in group["params"]]
-        factor = dict(zip(every, multipliers, strict=True)) if multipliers else {}
         alike: dict[float, list[Tensor]] = {}
         for p, update in zip(self.params, self.tensors, strict=True):
-            alike.setdefault(factor.get(p, 1.0), []).append(update)
+            alike.setdefault(multipliers.get(p, 1.0), []).append(update)
         # Each factor's apart: one vector of all factors would have to be copied to an accelerator, and waited for.
         squares = [(self.unit / by) ** 2 * dot(updates, updates) for by, updates in alike.items()]
         return torch.stack([square.to(squares[0].device) for square in squares]).sum(), count_nonzero(self.tensors)

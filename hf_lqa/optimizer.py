@@ -262,16 +262,19 @@ class LQA(torch.optim.Optimizer):
         if wants_probe and (closure is not None or self.rule.step_size is None):
             clip, change = min(1.0, max_norm / (told[0] + 1e-6)), told[1] if len(told) > 1 else 0.0
             step = Step(number, clip, self._clipping is not None, change, self._relative_noise(closure), self._read)
-            with rescaled(self.base, 1 / multiplier, self.multipliers):
+            multipliers = self.multipliers
+            # By parameter: within `rescaled` the groups are divided, and their order is another.
+            by = dict(zip(params, multipliers, strict=True)) if multipliers else {}
+            with rescaled(self.base, 1 / multiplier, multipliers):
                 if closure is not None:
-                    probed = self._prober.probe(self.base, self.multipliers, closure, step)
+                    probed = self._prober.probe(self.base, by, closure, step)
                 elif self.rule.needs_replays:
                     raise ValueError(
                         "step() was called without a closure before any step size was measured: pass a closure that"
                         " returns the loss, e.g. hf_lqa.ReplayedLoss"
                     )
                 else:
-                    begun = self._prober.begin(self.base, self.multipliers, step)
+                    begun = self._prober.begin(self.base, by, step)
             self.counts["probe_forwards"] += asked
             if probed is not None and not math.isfinite(probed.slope):
                 self._skip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,17 +105,21 @@ class Prober:
         by_loss = record.by_loss and self.config.fixed is None
         self.rule.observe_probe(probed.begun, record.fit, record.radius, by_loss, self.state.follows_step)
 
-    def begin(self, base: torch.optim.Optimizer, multipliers: list[float], step: Step) -> float:
+    def begin(self, base: torch.optim.Optimizer, multipliers: Mapping[Tensor, float], step: Step) -> float:
         """What a first probe gives where there is no closure: the direction is looked at, and no loss computed.
 
         Returns:
             The step size that shapes give, in units of the direction; NaN where no gradient says what that is.
         """
         direction = Direction(base)
-        return self._begun(*step.read(direction.slope(), *direction.size(base, multipliers)))
+        return self._begun(*step.read(direction.slope(), *direction.size(multipliers)))
 
     def probe(
-        self, base: torch.optim.Optimizer, multipliers: list[float], closure: Callable[[], Tensor], step: Step
+        self,
+        base: torch.optim.Optimizer,
+        multipliers: Mapping[Tensor, float],
+        closure: Callable[[], Tensor],
+        step: Step,
     ) -> Probed:
         """A probe, taken again where the first one contradicts the slope that its radius is of."""
         begun_at = time.perf_counter()
@@ -151,7 +155,7 @@ class Prober:
     def _once(
         self,
         base: torch.optim.Optimizer,
-        multipliers: list[float],
+        multipliers: Mapping[Tensor, float],
         closure: Callable[[], Tensor],
         step: Step,
         before: dict[Tensor, Tensor],
@@ -169,7 +173,7 @@ class Prober:
             loss,
             self.watch.slope(direction, before) / step.clip,
             *hindrances,
-            *(direction.size(base, multipliers) if first else ()),
+            *(direction.size(multipliers) if first else ()),
         )
         hindered, size = found[: len(hindrances)], found[len(hindrances) :]
         forwards = 0 if known is not None else 1

@@ -121,7 +121,7 @@ def test_in_the_sign_agreement_each_element_counts_alike_however_small(dtype, ac
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("multipliers", [[], [4.0, 0.25, 2.0, 1.0]])
+@pytest.mark.parametrize("multipliers", [[], [4.0, 0.25, 2.0, 1.0], [4.0, 0.25, 4.0, 0.25]])
 def test_a_directions_size_is_of_what_moves_without_multipliers(base, multipliers):
     params = [nn.Parameter(torch.zeros(shape)) for shape in [(3, 2), (2,), (4,), (5,)]]
     optimizer = base([{"params": params[:2]}, {"params": params[2:]}], lr=1.0, weight_decay=0.0)
@@ -129,7 +129,7 @@ def test_a_directions_size_is_of_what_moves_without_multipliers(base, multiplier
         p.grad = torch.full_like(p, gradient)
     params[0].grad[0] = 0.0
     with rescaled(optimizer, 0.5, multipliers):
-        square, count = Direction(optimizer).size(optimizer, multipliers)
+        square, count = Direction(optimizer).size(dict(zip(params, multipliers, strict=False)))
     moved = [3.0] * 4 + [2.0] * 2 if base is torch.optim.SGD else [1.0] * 6
     assert float(count) == 6 and float(square) == pytest.approx(sum((0.5 * x) ** 2 for x in moved), rel=1e-5)
 
