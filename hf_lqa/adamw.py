@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .optimizer import LQA
+from .optimizer import LQA, lqa_inside
 
 
 class LQAAdamW(LQA):
@@ -56,28 +56,28 @@ class LQACallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lqa = _inside(kwargs.get("optimizer"))
+        lqa = _required(kwargs.get("optimizer"))
         if state.max_steps > 0:  # 0 with num_train_epochs=0
             lqa.plan(state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        rate = _inside(kwargs.get("optimizer")).step_size
+        rate = _required(kwargs.get("optimizer")).step_size
         for entry in (logs, *state.log_history[-1:]):
             if entry is not None and "learning_rate" in entry:
                 entry["learning_rate"] = rate or 0.0
 
 
-def _inside(optimizer: Any) -> LQA:
-    """The `LQA` inside whatever Accelerate has wrapped around it.
+def _required(optimizer: Any) -> LQA:
+    """The `LQA` inside a Trainer's optimizer.
 
     Raises:
         ValueError: there is none.
     """
-    while not isinstance(optimizer, LQA):
-        if not hasattr(optimizer, "optimizer"):
-            raise ValueError(
-                f"LQACallback: the Trainer's optimizer is {type(optimizer).__name__}, not LQA: give"
-                " optimizer_cls_and_kwargs=(hf_lqa.LQAAdamW, {}), or leave the callback out"
-            )
-        optimizer = optimizer.optimizer
-    return optimizer
+    if (lqa := lqa_inside(optimizer)) is None:
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        raise ValueError(
+            f"LQACallback: the Trainer's optimizer is {type(optimizer).__name__}, not LQA: give"
+            " optimizer_cls_and_kwargs=(hf_lqa.LQAAdamW, {}), or leave the callback out"
+        )
+    return lqa

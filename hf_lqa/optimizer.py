@@ -25,6 +25,13 @@ from .rule.records import require
 from .slopes import Snapshot, flat, mean_over_ranks, observed, spread
 
 
+def lqa_inside(optimizer: Any) -> LQA | None:
+    """The `LQA` inside whatever Accelerate has wrapped around it; `None` if there is none."""
+    while optimizer is not None and not isinstance(optimizer, LQA):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
 class LQA(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` around another, the base, whose learning rate it measures.
 

@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from .base import described, largest_rate, refuse_base, to_multipliers
 from .logs import Announcement, LogLines
-from .optimizer import LQA
+from .optimizer import LQA, lqa_inside
 from .options import for_base, parse_options, plain
 from .probe import TrainerProbe, defined_as, definer, recorded, shadowed
 from .refusals import refuse_unsupported
@@ -213,10 +213,7 @@ class LQATrainerMixin(_Trainer):
     @property
     def lqa(self) -> LQA | None:
         """The `LQA` optimizer inside whatever Accelerate has wrapped around it; `None` if another one is used."""
-        optimizer = self.optimizer
-        while optimizer is not None and not isinstance(optimizer, LQA):
-            optimizer = getattr(optimizer, "optimizer", None)
-        return optimizer
+        return lqa_inside(self.optimizer)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The parent's forward and backward; on probe steps recorded, so that the optimizer can replay them."""

@@ -208,7 +208,7 @@ class Bench:
 def probe_every(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Have an `LQA` probe so often, to see what is rare in a run; others are left alone."""
     if isinstance(optimizer, LQA):
-        optimizer.rule.config = dataclasses.replace(optimizer.rule.config, probe_interval=steps)  # type: ignore[type-var]
+        optimizer.rule.config = dataclasses.replace(optimizer.rule.config, probe_interval=steps)
 
 
 def peaks(

@@ -71,6 +71,8 @@ class Displacement:
     prior: float = field(default=0.0, init=False)
     state: Multipliers = field(default_factory=Multipliers, init=False)
     sizes: tuple[int, ...] = field(default=(), init=False)
+    # The multipliers that were applied last, and of which state they are.
+    _applied: tuple[Multipliers | None, list[float]] = field(default=(None, []), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_interval(self.config.probe_interval)
@@ -92,7 +94,11 @@ class Displacement:
 
     def multipliers(self, count: int) -> list[float]:
         """What multiplies the step of each of `count` tensors beside that; nothing where it is 1 for all."""
-        found = rounded(self.state, count, self.config.multipliers)
+        # They change with measurements only, and are asked for at every step.
+        state, found = self._applied
+        if state is not self.state or len(found) != count:
+            found = rounded(self.state, count, self.config.multipliers)
+            self._applied = self.state, found
         return found if any(value != 1 for value in found) else []
 
     def begin(self, shapes: Sequence[tuple[int, ...]]) -> None:

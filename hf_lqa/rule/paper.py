@@ -63,7 +63,7 @@ class Paper:
         self.prior = base_step_size(shapes, self.total_steps, PriorConfig())
 
     def start(self, begun: float) -> None:
-        raise NotImplementedError  # it needs a closure
+        raise NotImplementedError  # never asked for: who needs replays is refused without a closure
 
     def observe_probe(self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool) -> None:
         if fit.step_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,14 +70,16 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
     """
     matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n]
     # A rounding error of the mean must not make a head of the last of equal matrices.
-    body = [i for i, n in matrices if n >= typical_size(shapes) * (1 - 1e-9)][-1:]
-    if body and sum(i > body[0] for i, _ in matrices) > sum(i <= body[0] for i, _ in matrices):
-        body = [i for i, n in matrices if n >= _median([n for _, n in matrices])][-1:]
-    after = [shapes[i] for i, _ in matrices if i > body[0]]
+    least = typical_size(shapes) * (1 - 1e-9)
+    body = max((i for i, n in matrices if n >= least), default=len(shapes))
+    if 2 * sum(i > body for i, _ in matrices) > len(matrices):
+        least = _median([n for _, n in matrices])
+        body = max(i for i, n in matrices if n >= least)
+    head = {i for i, _ in matrices if i > body}
+    alike = Counter(shapes[i] for i, _ in matrices)
     # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
-    if not any(sum(shapes[i] == shape for i, _ in matrices) <= 2 for shape in after):
+    if not any(alike[shapes[i]] <= 2 for i in head):
         return [1.0] * len(shapes)
-    head = {i for i, _ in matrices if i > body[0]}
     return [config.head if i in head or len(shape) == 1 else 1.0 for i, shape in enumerate(shapes)]
 
 
@@ -91,5 +94,4 @@ def _median(sizes: Sequence[int]) -> int:
 
 def _matrices(shapes: Sequence[tuple[int, ...]]) -> list[int]:
     """Numbers of elements; 0 of what is no matrix."""
-    ranks = [len(shape) for shape in shapes]
-    return [math.prod(shape) if rank == 2 else 0 for shape, rank in zip(shapes, ranks, strict=True)]
+    return [math.prod(shape) * (len(shape) == 2) for shape in shapes]
