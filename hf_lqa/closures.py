@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .replay import Forward, ReplayedLoss
+
+
+def relative_noise(closure: Callable[[], Any] | None, params: list[Tensor]) -> float:
+    """Rounding error of a closure's loss, relative to its value: what it says itself, else the weights' epsilon."""
+    known: float | None = getattr(closure, "relative_noise", None)
+    return known if known is not None else max(torch.finfo(p.dtype).eps for p in params)
 
 
 class KnownLoss:
@@ -47,9 +54,20 @@ class Caller:
         self.backpropagates: bool | None = None
         # What ran in closures so far: their buffers and gradients are kept in a probe.
         self._modules: list[nn.Module] = []
+        self._warned_of_no_gradient = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backpropagates": self.backpropagates, "_modules": []}
+        return {**vars(self), "_modules": []}
+
+    def warn_of_no_gradient(self, given: bool) -> None:
+        """Say so, once, where a closure was `given` and no parameter has a gradient."""
+        if given and not self._warned_of_no_gradient:
+            self._warned_of_no_gradient = True
+            warnings.warn(
+                "step(closure): no parameter of the optimizer has a gradient, so nothing moves. Call loss.backward()"
+                " before step(), or in the closure",
+                stacklevel=5,
+            )
 
     def ask(
         self, closure: Callable[[], Any] | None, params: list[Tensor], probe: bool

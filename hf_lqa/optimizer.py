@@ -15,14 +15,14 @@ from torch import Tensor
 
 from . import verification
 from .checkpoint import ProbeRecord, packed, take_snapshot, unpacked
-from .closures import Caller
-from .gradients import GradientWatch, total
+from .checks import GradientChecks
+from .closures import Caller, relative_noise
 from .groups import Division, largest_lr, rescaled, with_gradient
 from .prober import Prober, Step
-from .quadratic import Fit, Verdict
+from .quadratic import Verdict
 from .rule import Measurement, Rule, build
 from .rule.records import require
-from .slopes import Snapshot, flat, mean_over_ranks, observed, spread
+from .slopes import SlopeMeter, flat, mean_over_ranks
 
 
 def lqa_inside(optimizer: Any) -> LQA | None:
@@ -30,6 +30,22 @@ def lqa_inside(optimizer: Any) -> LQA | None:
     while optimizer is not None and not isinstance(optimizer, LQA):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def _check_base(base: torch.optim.Optimizer) -> None:
+    """Raise a `ValueError` if `base` is none that `LQA` can step, and warn if its rate looks like one."""
+    if isinstance(base, torch.optim.LBFGS):
+        raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
+    if not any(group["params"] for group in base.param_groups):
+        raise ValueError("base has no parameters: every parameter of the model is frozen (requires_grad=False)")
+    if any("lr" not in group for group in base.param_groups):
+        raise ValueError(f"base={type(base).__name__}: its param groups have no 'lr', which LQA sets")
+    if max(float(group["lr"]) for group in base.param_groups) < 0.1:
+        warnings.warn(
+            f"The base optimizer's lr is {float(base.param_groups[0]['lr'])}. Under LQA it multiplies the step size"
+            " that was measured: construct the base optimizer with lr=1.0 unless that is what you want.",
+            stacklevel=3,
+        )
 
 
 class LQA(torch.optim.Optimizer):
@@ -81,18 +97,7 @@ class LQA(torch.optim.Optimizer):
         total_steps: int | None = None,
         **options: Any,
     ):
-        if isinstance(base, torch.optim.LBFGS):
-            raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
-        if not any(group["params"] for group in base.param_groups):
-            raise ValueError("base has no parameters: every parameter of the model is frozen (requires_grad=False)")
-        if any("lr" not in group for group in base.param_groups):
-            raise ValueError(f"base={type(base).__name__}: its param groups have no 'lr', which LQA sets")
-        if max(float(group["lr"]) for group in base.param_groups) < 0.1:
-            warnings.warn(
-                f"The base optimizer's lr is {float(base.param_groups[0]['lr'])}. Under LQA it multiplies the step size"
-                " that was measured: construct the base optimizer with lr=1.0 unless that is what you want.",
-                stacklevel=2,
-            )
+        _check_base(base)
         self.base = base
         self.rule: Rule
         self.rule, radius = build(rule, options)
@@ -106,18 +111,13 @@ class LQA(torch.optim.Optimizer):
         )
         #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
         self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
-        #: Whether norms that `observe_clipping` is told are those of all gradients, which are then not looked at again.
-        self.told_norm_is_whole = False
-        # The weights before the first step.
-        self._beginning: Snapshot | None = None
+        self.checks = GradientChecks(self._params)
+        self.prober = Prober(radius, self.rule, self.checks.watch, self.counts)
+        self._meter = SlopeMeter()
+        self._caller = Caller()
         self._division = Division()
         self._largest_lr = max(1.0, largest_lr(base))
-        self._watch = GradientWatch([p for group in base.param_groups for p in group["params"]])
-        self._prober = Prober(radius, self.rule, self._watch, self.counts)
-        self._caller = Caller()
-        self._warned_of_no_gradient = False
         self._armed: Callable[[], Tensor] | None = None
-        self._clipping: tuple[Tensor | float, float] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
         self.defaults = base.defaults
         super().__setstate__({})
@@ -140,10 +140,10 @@ class LQA(torch.optim.Optimizer):
         self.base.state = state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_armed", "_clipping")}
+        return {k: v for k, v in vars(self).items() if k != "_armed"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_armed": None, "_clipping": None})
+        super().__setstate__({**state, "_armed": None})
 
     def __repr__(self) -> str:
         return f"LQA ({self.rule.name}) around {self.base!r}"
@@ -177,19 +177,9 @@ class LQA(torch.optim.Optimizer):
         return self.rule.multipliers(sum(len(group["params"]) for group in self.param_groups))
 
     @property
-    def last_fit(self) -> Fit | None:
-        """The `Fit` of the last probe, `None` before any."""
-        return self.last_probe.fit if self.last_probe is not None else None
-
-    @property
     def rejected(self) -> int:
         """Number of probes so far whose fit gave no step size."""
-        return sum(self.counts[v.value] for v in Verdict if not v.usable)
-
-    @property
-    def probe_seconds(self) -> float:
-        """Wall-clock time spent in probes."""
-        return self._prober.seconds
+        return sum(self.counts[verdict.value] for verdict in Verdict if not verdict.usable)
 
     @property
     def wants_probe(self) -> bool:
@@ -206,8 +196,7 @@ class LQA(torch.optim.Optimizer):
         With it a probe's slope is that of the loss, not of the clipped gradients. Without it what clipping does is
         found by comparing gradients with what they were at the end of the backward pass, which costs a little more.
         """
-        self._clipping = grad_norm, max_norm
-        self._watch.stop()
+        self.checks.tell(grad_norm, max_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -232,123 +221,81 @@ class LQA(torch.optim.Optimizer):
             ValueError: no closure, and the rule cannot begin without; or a closure that cannot be called.
         """
         closure = closure if closure is not None else self._armed
+        given = closure is not None
         multiplier = max(float(group["lr"]) for group in self.param_groups)
         # Checkpoints of sharded optimizers make one step at rate 0, to have a state to load into.
-        wants_probe, given = self.wants_probe and multiplier > 0, closure is not None
+        wants_probe = self.wants_probe and multiplier > 0
         returned, closure, asked = self._caller.ask(closure, self._params, wants_probe)
-        self._watch.close()
-        params = self._params
+        self.checks.watch.close()
+        params, number = self._params, self.counts["steps"]
         if all(p.grad is None for p in params):
-            self._warn_of_no_gradient(given)
-            self._stand()
-            return returned
+            self._caller.warn_of_no_gradient(given)
+            return self._stand(returned)
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
-        observed_norm, max_norm = self._clipping if self._clipping is not None else (0.0, math.inf)
-        checks: list[Any] = [observed_norm]
-        if self._clipping is None or not self.told_norm_is_whole:
-            checks += [self._watch.change if wants_probe else 0.0, total(params)]
+        checks = self.checks.pending(params, wants_probe)
+        slopes = self._meter.pending(multiplier > 0 and self.rule.wants_measurement(number))
+        numbers = self._read(*checks, *slopes)
+        checked = self.checks.found(numbers[: len(checks)])
+        if not checked.finite:
+            return self._skip(returned, counted=multiplier > 0)
         if multiplier <= 0:
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
-            if all(map(math.isfinite, self._read(*checks))):
-                self._stand()
-            else:
-                self._skip(counted=False)
-            return returned
+            return self._stand(returned)
         if self.rule.step_size is None:
             self._largest_lr = max(self._largest_lr, largest_lr(self.base))
             self.rule.begin([p.shape if p.requires_grad else () for p in params])
-        number, share = self.counts["steps"], multiplier / self._largest_lr
-        beginning = self._beginning if self.rule.wants_measurement(number) else None
-        measured = (beginning.agreement(), beginning.slopes()) if beginning is not None else ()
-        found = self._read(*checks, *measured)
-        told, numbers = found[: len(checks)], found[len(checks) :]
-        if not all(map(math.isfinite, told)):
-            self._skip()
-            return returned
-        probed, begun = None, None
-        if wants_probe and (closure is not None or self.rule.step_size is None):
-            clip, change = min(1.0, max_norm / (told[0] + 1e-6)), told[1] if len(told) > 1 else 0.0
-            step = Step(number, clip, self._clipping is not None, change, self._relative_noise(closure), self._read)
-            multipliers = self.multipliers
-            # By parameter: within `rescaled` the groups are divided, and their order is another.
-            by = dict(zip(params, multipliers, strict=True)) if multipliers else {}
-            with rescaled(self.base, 1 / multiplier, multipliers):
-                if closure is not None:
-                    probed = self._prober.probe(self.base, by, closure, step)
-                elif self.rule.needs_replays:
-                    raise ValueError(
-                        "step() was called without a closure before any step size was measured: pass a closure that"
-                        " returns the loss, e.g. hf_lqa.ReplayedLoss"
-                    )
-                else:
-                    begun = self._prober.begin(self.base, by, step)
+        probed = None
+        if wants_probe:
+            step = Step(number, checked, relative_noise(closure, params), self._read)
+            probed = self.prober.take(self.base, params, closure, step, multiplier)
             self.counts["probe_forwards"] += asked
             if probed is not None and not math.isfinite(probed.slope):
-                self._skip()
-                return returned
-        if beginning is not None:
-            slopes = spread(numbers[1:], beginning.places, len(params))
-            self.last_measurement = Measurement(slopes, numbers[0], self.rule.factor(number) * share)
-            self.rule.observe(self.last_measurement)
+                return self._skip(returned)
+        factor = self.rule.factor(number) * multiplier / self._largest_lr
+        measured = self._meter.measurement(numbers[len(checks) :], len(params), factor)
+        if measured is not None:
+            self.last_measurement = measured
+            self.rule.observe(measured)
         if probed is not None:
-            self.last_probe = probed.record
-            self._prober.observed(probed)
-        elif begun is not None and math.isfinite(begun):
-            self.rule.start(begun)
+            self.last_probe = probed.record or self.last_probe
+            self.prober.observed(probed)
         self._advance(multiplier)
-        if not self.wants_probe:
-            self._prober.forget()
-        self._disarm()
-        return returned
+        return self._end(returned)
 
     def _advance(self, multiplier: float) -> None:
         """`base.step()` at rates ``base step size * ramp * multiplier_i * lr / unit``."""
         scale = (self.rule.step_size or 0.0) * self.rule.factor(self.counts["steps"]) / self._largest_lr
-        if self._beginning is None and scale > 0:
-            moved = with_gradient(self.base)
-            place = {p: i for i, p in enumerate(self._params)}
-            self._beginning = Snapshot(self._params, [place[moved[i]] for i in observed(moved)])
+        if scale > 0:
+            self._meter.begin(self._params, with_gradient(self.base))
         with rescaled(self.base, scale, self.multipliers, self._division):
             self.base.step()
         self.step_size = scale * multiplier
         self.counts["steps"] += 1
 
-    def _warn_of_no_gradient(self, given: bool) -> None:
-        if given and not self._warned_of_no_gradient:
-            self._warned_of_no_gradient = True
-            warnings.warn(
-                "step(closure): no parameter of the optimizer has a gradient, so nothing moves. Call loss.backward()"
-                " before step(), or in the closure",
-                stacklevel=5,
-            )
-
-    def _stand(self) -> None:
+    def _stand(self, returned: Any) -> Any:
         """Let the base optimizer step where nothing is to move."""
         self.base.step()
         self.step_size = 0.0
-        self._disarm()
+        return self._end(returned)
 
-    def _skip(self, counted: bool = True) -> None:
+    def _skip(self, returned: Any, counted: bool = True) -> Any:
         """Leave weights and base optimizer alone: a gradient is not finite. `counted`: among the steps."""
         self.counts["steps"] += counted
         self.counts["skipped"] += 1
-        self._disarm()
+        return self._end(returned)
 
-    def _disarm(self) -> None:
-        self._armed = self._clipping = None
-        self._watch.open(self._params, self.wants_probe)
+    def _end(self, returned: Any) -> Any:
+        self._armed = None
+        self.checks.open(self._params, self.wants_probe)
+        if not self.wants_probe:
+            self.prober.forget()
+        return returned
 
     def _read(self, *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
         weights = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         device = next(v.device for v in itertools.chain(values, weights) if isinstance(v, Tensor))
         return self.reduce(flat(values, device)).tolist()
-
-    def _relative_noise(self, closure: Callable[[], Tensor] | None) -> float:
-        known: float | None = getattr(closure, "relative_noise", None)
-        if known is not None:
-            return known
-        return max(torch.finfo(p.dtype).eps for p in self._params)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
@@ -361,14 +308,14 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "measurement": None if self.last_measurement is None else asdict(self.last_measurement),
-            "beginning": self._beginning.places if self._beginning is not None else [],
+            "beginning": self._meter.places,
             "probe": None if self.last_probe is None else self.last_probe.to_plain(),
-            "radius": self._prober.state_dict(),
+            "radius": self.prober.state_dict(),
             "largest_lr": self._largest_lr,
-            "gradients": self._watch.state_dict(),
+            "gradients": self.checks.watch.state_dict(),
             "backpropagates": self._caller.backpropagates is True,
         }
-        return packed(self.base.state_dict(), own, self._params, self._beginning)
+        return packed(self.base.state_dict(), own, self._params, self._meter.beginning)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -383,9 +330,9 @@ class LQA(torch.optim.Optimizer):
         self.step_size = own["step_size"]
         self.last_probe = None if own["probe"] is None else ProbeRecord.from_plain(own["probe"])
         self.last_measurement = None if own["measurement"] is None else Measurement(**own["measurement"])
-        self._beginning = take_snapshot(self.state, self._params, own["beginning"])
-        self._prober.load_state_dict(own["radius"])
+        self._meter.beginning = take_snapshot(self.state, self._params, own["beginning"])
+        self.prober.load_state_dict(own["radius"])
         self._largest_lr = own["largest_lr"]
-        self._watch.load_state_dict(own["gradients"])
+        self.checks.watch.load_state_dict(own["gradients"])
         self._caller.backpropagates = own["backpropagates"] or None
-        self._watch.open(self._params, self.wants_probe)
+        self.checks.open(self._params, self.wants_probe)

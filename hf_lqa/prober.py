@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import verification
 from .checkpoint import ProbeRecord
+from .checks import Checked
 from .direction import Direction
 from .gradients import CONTRADICTION, GradientWatch
-from .groups import same, with_gradient
+from .groups import rescaled, same, with_gradient
 from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .rule import Rule
 from .rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
@@ -33,17 +34,13 @@ class Step:
 
     Attributes:
         number: from 0.
-        clip: what clipping multiplied the gradients by, if its norm was `told`.
-        told: whether it was.
-        change: above 0 if they were changed otherwise, see `GradientWatch.change`.
+        checked: what is known of its gradients.
         noise: rounding error of a loss, relative to its value.
         read: means over ranks of tensors and numbers.
     """
 
     number: int
-    clip: float
-    told: bool
-    change: float
+    checked: Checked
     noise: float
     read: Callable[..., list[float]]
 
@@ -53,13 +50,13 @@ class Probed:
     """What a probe has found.
 
     Attributes:
-        record: what it measured.
+        record: what it measured; `None` where the direction alone was looked at.
         slope: ``<gradient, direction>``; the step is skipped if it is not finite.
         begun: the step size that shapes give, in units of the direction; NaN after the first probe, and where it is
             not known.
     """
 
-    record: ProbeRecord
+    record: ProbeRecord | None
     slope: float
     begun: float
 
@@ -98,6 +95,10 @@ class Prober:
     def observed(self, probed: Probed) -> None:
         """Let the rule and later radii follow what a probe has found."""
         record = probed.record
+        if record is None:
+            if math.isfinite(probed.begun):
+                self.rule.start(probed.begun)
+            return
         self.counts[record.fit.verdict.value] += 1
         self.counts["searched"] += not record.by_loss
         self.state = adapted(self.config, self.state, record.fit, record.by_loss)
@@ -105,40 +106,66 @@ class Prober:
         by_loss = record.by_loss and self.config.fixed is None
         self.rule.observe_probe(probed.begun, record.fit, record.radius, by_loss, self.state.follows_step)
 
-    def begin(self, base: torch.optim.Optimizer, multipliers: Mapping[Tensor, float], step: Step) -> float:
-        """What a first probe gives where there is no closure: the direction is looked at, and no loss computed.
+    def take(
+        self,
+        base: torch.optim.Optimizer,
+        params: list[Tensor],
+        closure: Callable[[], Tensor] | None,
+        step: Step,
+        multiplier: float,
+    ) -> Probed | None:
+        """What is to be known before a step that a probe is due at; `None` where nothing is.
 
-        Returns:
-            The step size that shapes give, in units of the direction; NaN where no gradient says what that is.
+        Args:
+            params: of all param groups of `base`, in their order.
+            closure: the loss. Without one no loss is computed, and before the first step the direction is looked at.
+            multiplier: the largest ``lr`` of the groups at this step, which no direction shall have.
+
+        Raises:
+            ValueError: the rule cannot begin without a closure.
         """
-        direction = Direction(base)
-        return self._begun(*step.read(direction.slope(), *direction.size(multipliers)))
+        if closure is None and self.rule.step_size is not None:
+            return None
+        multipliers = self.rule.multipliers(len(params))
+        # By parameter: within `rescaled` the groups are divided, and their order is another.
+        by = dict(zip(params, multipliers, strict=True)) if multipliers else {}
+        with rescaled(base, 1 / multiplier, multipliers):
+            if closure is not None:
+                return Probed(*self._probe(base, by, closure, step))
+            if self.rule.needs_replays:
+                raise ValueError(
+                    "step() was called without a closure before any step size was measured: pass a closure that"
+                    " returns the loss, e.g. hf_lqa.ReplayedLoss"
+                )
+            direction = Direction(base)
+            begun = self._begun(*step.read(direction.slope(), *direction.size(by)))
+            return Probed(None, 0.0, begun)
 
-    def probe(
+    def _probe(
         self,
         base: torch.optim.Optimizer,
         multipliers: Mapping[Tensor, float],
         closure: Callable[[], Tensor],
         step: Step,
-    ) -> Probed:
-        """A probe, taken again where the first one contradicts the slope that its radius is of."""
+    ) -> tuple[ProbeRecord, float, float]:
+        """What `Probed` keeps: of a probe that is taken again where it contradicts the slope that its radius is of."""
         begun_at = time.perf_counter()
-        first = self.rule.step_size is None and not step.told and self.config.fixed is None
+        first = self.rule.step_size is None and not step.checked.told and self.config.fixed is None
         watch, forwards = self.watch.state_dict(), self.counts["probe_forwards"]
         try:
             nearer, doubted = math.inf, None
             for _ in range(_MAX_TRIES):
-                before = self.watch.gradients(step.change)
-                probed = self._once(base, multipliers, closure, step, before, nearer)
+                before = self.watch.gradients(step.checked.change)
+                record, slope, begun = self._once(base, multipliers, closure, step, before, nearer)
                 if not first:
                     break
-                fit, slope = probed.record.fit, probed.slope
+                fit = record.fit
                 doubt = self.watch.doubt(fit, slope)
                 if doubted is not None and math.isclose(doubt, self.watch.doubt(doubted, slope), rel_tol=_THE_SAME):
                     fit = doubted
                 elif doubt and fit.verdict is not Verdict.BELOW_NOISE:
                     # What bends the line is gone nearer; what was done to the gradients is not.
-                    nearer, doubted = self.config.tau * probed.record.radius, fit
+                    nearer, doubted = self.config.tau * record.radius, fit
                     continue
                 if not self.watch.contradicted(fit, slope, bool(before)):
                     break
@@ -148,9 +175,9 @@ class Prober:
             self.counts["probe_forwards"] = forwards
             raise
         self.seconds += time.perf_counter() - begun_at
-        if first and self.watch.scale != 1 and not step.change:
+        if first and self.watch.scale != 1 and not step.checked.change:
             warnings.warn(CONTRADICTION.format(1 / self.watch.scale), stacklevel=5)
-        return probed
+        return record, slope, begun
 
     def _once(
         self,
@@ -160,7 +187,7 @@ class Prober:
         step: Step,
         before: dict[Tensor, Tensor],
         nearer: float,
-    ) -> Probed:
+    ) -> tuple[ProbeRecord, float, float]:
         """Measure along the base optimizer's direction, no further than `nearer` if it is the first probe."""
         params, kept = self._origin
         direction = Direction(base, kept if same(params, with_gradient(base)) else None)
@@ -171,7 +198,7 @@ class Prober:
         first, step_size = self.rule.step_size is None, self.rule.step_size
         center, slope, *found = step.read(
             loss,
-            self.watch.slope(direction, before) / step.clip,
+            self.watch.slope(direction, before) / step.checked.clip,
             *hindrances,
             *(direction.size(multipliers) if first else ()),
         )
@@ -213,7 +240,7 @@ class Prober:
             fit = fit_losses(minus, center, plus, reach, noise=noise, max_step=bound)
         self.counts["probe_forwards"] += forwards
         record = ProbeRecord(step.number, math.nan if reach is None else reach, minus, center, plus, fit, by_loss)
-        return Probed(record, slope, begun)
+        return record, slope, begun
 
     def _begun(self, slope: float, square: float, count: float) -> float:
         """The rule's prior, of what a step moves an element by, in units of a direction of that size.

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .products import on_accelerator, products, sign_products
+from .rule.records import Measurement
 
 #: Types of most tensors: an attribute that is missing is looked for at length.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -56,12 +57,6 @@ def _vector(value: Tensor | float | list[float], device: torch.device) -> Tensor
         return full(value).to(device)
     # Filled there, because a copy from the host would wait for the device.
     return torch.tensor(value, device=device) if isinstance(value, list) else torch.full((), value, device=device)
-
-
-def spread(values: list[float], places: list[int], count: int) -> list[float | None]:
-    """A list of `count` numbers with `values` at `places`, and `None` elsewhere."""
-    at = dict(zip(places, values, strict=True))
-    return [at.get(i) for i in range(count)]
 
 
 def mean_over_ranks(scalars: Tensor) -> Tensor:
@@ -184,3 +179,49 @@ class Snapshot:
 
     def _gradients(self) -> list[Tensor]:
         return self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])
+
+
+class SlopeMeter:
+    """Compares gradients with the way that training has come.
+
+    Attributes:
+        beginning: the weights that training began with; `None` before the first step that moves them.
+    """
+
+    def __init__(self) -> None:
+        self.beginning: Snapshot | None = None
+
+    @property
+    def places(self) -> list[int]:
+        """Of the parameters that are observed, among an optimizer's."""
+        return self.beginning.places if self.beginning is not None else []
+
+    def begin(self, params: list[Tensor], moved: list[Tensor]) -> None:
+        """Keep the weights that training begins with, unless they are kept already.
+
+        Args:
+            params: an optimizer's.
+            moved: those of them that the first step moves.
+        """
+        if self.beginning is None:
+            place = {p: i for i, p in enumerate(params)}
+            self.beginning = Snapshot(params, [place[moved[i]] for i in observed(moved)])
+
+    def pending(self, wanted: bool) -> list[Tensor]:
+        """What `measurement` needs to know, to be read; nothing where it is not `wanted` or there was no step."""
+        if not wanted or self.beginning is None:
+            return []
+        return [self.beginning.agreement(), self.beginning.slopes()]
+
+    def measurement(self, numbers: list[float], count: int, factor: float) -> Measurement | None:
+        """`pending`, read, as a rule takes it; `None` where nothing was.
+
+        Args:
+            numbers: what was read.
+            count: of the optimizer's parameters.
+            factor: what multiplies the base step size in this step.
+        """
+        if not numbers:
+            return None
+        at = dict(zip(self.places, numbers[1:], strict=True))
+        return Measurement([at.get(i) for i in range(count)], numbers[0], factor)

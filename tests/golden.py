@@ -65,7 +65,8 @@ def in_a_loop(kind: str) -> Iterator[str]:
             optimizer.step()
         else:
             optimizer.step(closure)
-        yield line(optimizer.step_size, optimizer.multipliers, optimizer.base_step_size, sorted(optimizer.counts.items()))
+        counts = sorted(optimizer.counts.items())
+        yield line(optimizer.step_size, optimizer.multipliers, optimizer.base_step_size, counts)
 
 
 def on_two_ranks(folder: Path) -> Iterator[str]:

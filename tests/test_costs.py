@@ -106,7 +106,7 @@ class Closure:
 def with_lqa(params, kind="fused", decay=(0.0,), **options):
     """LQA, what reads for it, and a step of it as the Trainer makes one."""
     lqa, read = LQA(adamw(params, kind, decay), **options), Read()
-    lqa.reduce, lqa.told_norm_is_whole = read, True
+    lqa.reduce, lqa.checks.told_norm_is_whole = read, True
     # A probe was compared with training's loss, or the first one takes more.
     lqa.counts["replays_checked"] = 1
 

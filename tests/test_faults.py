@@ -142,7 +142,7 @@ def test_a_probe_that_is_not_finite_is_a_verdict(rule, call, value):
     closure_with_a_hole.loss = closure.loss
     twin_model, twin, undisturbed = started(rule)
     optimizer.step(closure_with_a_hole)
-    assert optimizer.last_fit.verdict == "non_finite" and optimizer.counts["non_finite"] == 1
+    assert optimizer.last_probe.fit.verdict == "non_finite" and optimizer.counts["non_finite"] == 1
     if rule == "paper":
         # The step is the base optimizer's at the held rate.
         assert optimizer.step_size == held

@@ -571,7 +571,7 @@ def test_a_closure_whose_loss_is_not_finite_is_skipped_and_returned():
 
 
 def test_the_trainer_knows_the_norm_and_does_not_look_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_lqa.optimizer, "total", None)
+    monkeypatch.setattr(hf_lqa.checks, "total", None)
     assert trained(tmp_path, tiny_bert(), train_dataset=rows(), max_steps=4).lqa.counts["steps"] == 4
 
 

@@ -40,7 +40,7 @@ def test_a_paper_step_lands_on_the_exact_line_minimiser(base):
         loss().backward()
         optimizer.step(loss)
         direction = (loss.w.detach() - start) / optimizer.step_size
-        assert optimizer.last_fit.verdict is Verdict.ACCEPTED
+        assert optimizer.last_probe.fit.verdict is Verdict.ACCEPTED
         assert optimizer.step_size == pytest.approx(loss.line_minimiser(start, direction), rel=1e-9)
 
 
@@ -305,7 +305,7 @@ def test_zero_gradients_are_a_verdict():
     optimizer = LQA(torch.optim.SGD([w], lr=1.0))
     w.grad = torch.zeros(3)
     optimizer.step(lambda: torch.tensor(1.0))
-    assert optimizer.last_fit.verdict is Verdict.NON_DESCENT
+    assert optimizer.last_probe.fit.verdict is Verdict.NON_DESCENT
     assert torch.equal(w, torch.ones(3))
     # The first gradient that says something is used.
     w.grad = torch.ones(3)
@@ -327,7 +327,7 @@ def test_an_infinite_probe_loss_keeps_the_last_step_size():
     infinite = lambda: torch.tensor(torch.inf)  # noqa: E731
     infinite.loss = loss.detach()
     optimizer.step(infinite)
-    assert optimizer.last_fit.verdict is Verdict.NON_FINITE
+    assert optimizer.last_probe.fit.verdict is Verdict.NON_FINITE
     assert (optimizer.step_size, optimizer.rejected) == (level, 1)
 
 

@@ -377,7 +377,7 @@ def test_sparse_gradients():
             optimizer.zero_grad()
             closure.record(lambda model=model, batch=batch: model(**batch)["loss"]).backward()
             optimizer.step(closure)
-        found.append((optimizer.last_fit, weights(model)))
+        found.append((optimizer.last_probe.fit, weights(model)))
     (dense_fit, dense), (sparse_fit, scattered) = found
     assert sparse_fit.slope == pytest.approx(dense_fit.slope, rel=1e-5)
     # The curvature's rounding reaches the step sizes, which are of the order of 10.

@@ -616,7 +616,7 @@ def test_ranks_decide_together():
     closure.record(lambda x, y: model(x, y)["loss"], *next(batches())).backward()
     with pytest.warns(UserWarning, match="on another rank"):
         lqa.step(closure)
-    assert reductions[2][:2] == [0, 0] and lqa.last_fit.verdict is Verdict.NOT_REPLAYABLE
+    assert reductions[2][:2] == [0, 0] and lqa.last_probe.fit.verdict is Verdict.NOT_REPLAYABLE
 
 
 # --- several models ----------------------------------------------------------------------------------------------

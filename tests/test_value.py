@@ -259,7 +259,7 @@ def test_a_loss_without_a_value_is_probed_where_shapes_say():
     prior = base_step_size([p.shape for p in classifier().parameters()], 1, PriorConfig())
     assert optimizer.last_probe.radius == pytest.approx(prior, rel=0.01)
     assert optimizer.base_step_size == pytest.approx(prior, rel=0.01)
-    assert optimizer.last_fit.verdict is Verdict.BELOW_NOISE and optimizer.counts["searched"] == 1
+    assert optimizer.last_probe.fit.verdict is Verdict.BELOW_NOISE and optimizer.counts["searched"] == 1
     given = first_probe(KINDS["always zero"], probe_radius=1e-5)
     assert given.last_probe.radius == 1e-5, "what is given is not changed"
 
@@ -274,7 +274,7 @@ def test_where_the_loss_explodes_at_any_distance_the_probes_end():
         return cross_entropy(model, data, rows) * (1.0 if here else math.inf)
 
     optimizer = first_probe(loss_of)
-    assert optimizer.last_fit.verdict is Verdict.NON_FINITE and optimizer.step_size == 0
+    assert optimizer.last_probe.fit.verdict is Verdict.NON_FINITE and optimizer.step_size == 0
     assert optimizer.counts["probe_forwards"] == 2 * RadiusConfig.tries
 
 
