@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .groups import ELEMENTWISE, with_gradient
 from .products import ACCELERATOR_PIECE, runs
-from .slopes import count_nonzero, dot, local, local_part
+from .slopes import absolute, dot, local, local_part
 
 #: A rehearsal copies the base optimizer's state for this share of the weights at a time, which bounds its memory; on an
 #: accelerator, if they go by pieces, for one of these at least: short steps would cost more than a little memory.
@@ -234,7 +234,7 @@ class Direction:
 
     @torch.no_grad()
     def size(self, multipliers: Mapping[Tensor, float]) -> tuple[Tensor, Tensor]:
-        """The direction's summed squares without per-tensor multipliers, and its number of elements that are not 0.
+        """``sum d²`` and ``sum |d|`` over the direction's elements ``d``, without per-tensor multipliers.
 
         Args:
             multipliers: of parameters, what the rehearsed rates had; 1 for all others.
@@ -244,7 +244,12 @@ class Direction:
             alike.setdefault(multipliers.get(p, 1.0), []).append(update)
         # Each factor's apart: one vector of all factors would have to be copied to an accelerator, and waited for.
         squares = [(self.unit / by) ** 2 * dot(updates, updates) for by, updates in alike.items()]
-        return torch.stack([square.to(squares[0].device) for square in squares]).sum(), count_nonzero(self.tensors)
+        sums = [abs(self.unit) / by * absolute(updates) for by, updates in alike.items()]
+        return _together(squares), _together(sums)
+
+
+def _together(scalars: list[Tensor]) -> Tensor:
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).sum()
 
 
 def _is_gradient_descent(base: torch.optim.Optimizer) -> bool:

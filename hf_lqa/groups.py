@@ -31,6 +31,23 @@ def largest_lr(base: torch.optim.Optimizer) -> float:
     return max(float(group.get(key, 0.0)) for group in base.param_groups for key in ("lr", "initial_lr", "max_lr"))
 
 
+def growth(base: torch.optim.Optimizer) -> float:
+    """How many times its first update one of `base` becomes along gradients that agree: 10 with a momentum of 0.9.
+
+        sum_k momentum^k = (1 - dampening) / (1 - momentum)        over 1 + momentum with Nesterov's
+
+    Those of SGD and RMSprop, which keep a sum; a mean, as Adam keeps it, does not grow.
+    """
+    if not isinstance(base, (torch.optim.SGD, torch.optim.RMSprop)):
+        return 1.0
+    found = [
+        (1 - group.get("dampening", 0.0)) / (1 - momentum) / (1 + momentum * group.get("nesterov", False))
+        for group in base.param_groups
+        if 0 < (momentum := group["momentum"]) < 1
+    ]
+    return max([1.0, *found])
+
+
 @contextlib.contextmanager
 def rescaled(
     base: torch.optim.Optimizer, scale: float, rates: list[float], division: Division | None = None

@@ -17,7 +17,7 @@ from . import verification
 from .checkpoint import ProbeRecord, packed, take_snapshot, unpacked
 from .checks import GradientChecks
 from .closures import Caller, relative_noise
-from .groups import Division, largest_lr, rescaled, with_gradient
+from .groups import Division, growth, largest_lr, rescaled, with_gradient
 from .prober import Prober, Step
 from .quadratic import Verdict
 from .rule import Measurement, Rule, build
@@ -243,7 +243,7 @@ class LQA(torch.optim.Optimizer):
             return self._stand(returned)
         if self.rule.step_size is None:
             self._largest_lr = max(self._largest_lr, largest_lr(self.base))
-            self.rule.begin([p.shape if p.requires_grad else () for p in params])
+            self.rule.begin([p.shape if p.requires_grad else () for p in params], growth(self.base))
         probed = None
         if wants_probe:
             step = Step(number, checked, relative_noise(closure, params), self._read)

@@ -242,12 +242,12 @@ class Prober:
         record = ProbeRecord(step.number, math.nan if reach is None else reach, minus, center, plus, fit, by_loss)
         return record, slope, begun
 
-    def _begun(self, slope: float, square: float, count: float) -> float:
+    def _begun(self, slope: float, squares: float, sizes: float) -> float:
         """The rule's prior, of what a step moves an element by, in units of a direction of that size.
 
         NaN without a slope: of such a direction, 0 or weight decay alone, the next one need not have the scale.
         """
-        return self.rule.prior / math.sqrt(square / count) if slope and square > 0 and count > 0 else math.nan
+        return self.rule.prior * sizes / squares if slope and squares > 0 and sizes > 0 else math.nan
 
     def _can_replay(
         self, closure: Callable[[], Tensor], direction: Direction, hindered: Sequence[float], step: Step

@@ -77,10 +77,10 @@ def dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
     return _shares(left, products(local(left), local(right))).sum()
 
 
-def count_nonzero(tensors: list[Tensor]) -> Tensor:
-    """The number of elements of all tensors that are not 0, a 0-dim tensor in float32, as `dot`."""
-    counts = [torch.count_nonzero(t).float() for t in local(tensors)]
-    return _shares(tensors, torch.stack([count.to(counts[0].device) for count in counts])).sum()
+def absolute(tensors: list[Tensor]) -> Tensor:
+    """The sum of all tensors' elements without their signs, a 0-dim tensor in float32 or better, as `dot`."""
+    sums = [torch.linalg.vector_norm(t, 1, dtype=torch.promote_types(t.dtype, torch.float32)) for t in local(tensors)]
+    return _shares(tensors, torch.stack([each.to(sums[0].device, sums[0].dtype) for each in sums])).sum()
 
 
 def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:

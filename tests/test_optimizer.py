@@ -206,9 +206,52 @@ def test_without_a_closure_shapes_say_how_far_a_step_moves_an_element(base, scal
     prior = base_step_size([p.shape for p in model.parameters()], 200, PriorConfig())
     ramp = optimizer.step_size / optimizer.base_step_size
     moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])
-    assert float(moved[moved != 0].square().mean().sqrt()) == pytest.approx(ramp * prior, rel=0.01)
+    assert float(moved.square().sum() / moved.abs().sum()) == pytest.approx(ramp * prior, rel=0.01)
     assert ramp == pytest.approx(1 / 12), "6 % of the run"
     assert optimizer.last_probe is None and optimizer.counts["probe_forwards"] == 0
+
+
+def test_elements_that_hardly_move_do_not_lengthen_the_start():
+    """Weight decay alone, and gradients as small as AdamW's epsilon."""
+    found = []
+    for decay, small in ((0.0, 0.0), (0.01, 0.0), (0.0, 1e-12)):
+        w = nn.Parameter(torch.full((1000,), 0.05))
+        optimizer = LQA(torch.optim.AdamW([w], lr=1.0, weight_decay=decay))
+        w.grad = torch.full((1000,), small)
+        w.grad[:10] = 1.0
+        optimizer.step()
+        found.append(optimizer.base_step_size)
+    assert found == pytest.approx([found[0]] * 3, rel=0.06), "root mean squares would give 10 times the first"
+
+
+MOMENTUM = [
+    (torch.optim.SGD, {"momentum": 0.9}, 10),
+    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}, 5),
+    (torch.optim.SGD, {"momentum": 0.5, "nesterov": True}, 4 / 3),
+    (torch.optim.RMSprop, {"momentum": 0.8}, 5),
+]
+
+
+@pytest.mark.parametrize(("base", "options", "times"), MOMENTUM)
+def test_a_start_is_as_much_shorter_as_momentum_lengthens_later_steps(base, options, times):
+    def begun(**options):
+        w = nn.Parameter(torch.ones(3, 4))
+        optimizer = LQA(base([w], lr=1.0, **options))
+        w.grad = torch.full((3, 4), 2.0)
+        optimizer.step()
+        return optimizer.base_step_size
+
+    w = nn.Parameter(torch.zeros(1))
+    optimizer = base([w], lr=1.0, **{**options, **({"alpha": 0.0} if base is torch.optim.RMSprop else {})})
+    moves = []
+    for _ in range(200):
+        w.grad = torch.ones(1)
+        before = float(w.detach())
+        optimizer.step()
+        moves.append(before - float(w.detach()))
+    assert moves[-1] / moves[0] == pytest.approx(times, rel=1e-3), "the premise"
+    first = (1 + options["momentum"]) if options.get("nesterov") else 1.0
+    assert begun() / begun(**options) == pytest.approx(times * first, rel=1e-3)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])

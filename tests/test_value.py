@@ -186,13 +186,6 @@ def test_plain_gradients_and_the_published_rule_learn_too(kind, optimizer_of, se
     assert error(*trained(KINDS[kind], optimizer_of, seed)[:2]) < 0.2
 
 
-MOMENTUM = pytest.mark.xfail(
-    reason="the start is in units of the first step, and steps along a gradient grow tenfold as momentum builds up",
-    strict=True,
-)
-
-
-@MOMENTUM
 def test_gradients_with_momentum_learn_too():
     for kind in FEW:
         for seed in range(2):
@@ -213,7 +206,7 @@ def test_plain_gradients_and_the_published_rule_do_not_diverge_on_targets_far_fr
         assert float(squares(model, data, slice(None))) < first
 
 
-@pytest.mark.parametrize("optimizer_of", [lqa, lqa_sgd, pytest.param(lqa_momentum, marks=MOMENTUM), lqa_paper])
+@pytest.mark.parametrize("optimizer_of", [lqa, lqa_sgd, lqa_momentum, lqa_paper])
 def test_a_first_batch_without_loss_or_gradient_is_waited_for(optimizer_of):
     def loss_of(model, data, rows, draw):
         seen.append(None)

@@ -67,8 +67,10 @@ class Displacement:
     ceiling: float = field(default=0.0, init=False)
     #: `None`: not known.
     total_steps: int | None = field(default=None, init=False)
-    #: What shapes say that a step should move an element by.
+    #: What shapes say that a first step should move an element by.
     prior: float = field(default=0.0, init=False)
+    #: How many times a first update the later ones become.
+    growth: float = field(default=1.0, init=False)
     state: Multipliers = field(default_factory=Multipliers, init=False)
     sizes: tuple[int, ...] = field(default=(), init=False)
     # The multipliers that were applied last, and of which state they are.
@@ -101,14 +103,16 @@ class Displacement:
             self._applied = self.state, found
         return found if any(value != 1 for value in found) else []
 
-    def begin(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def begin(self, shapes: Sequence[tuple[int, ...]], growth: float) -> None:
         """Take note of what is to be moved, before anything is measured.
 
         Args:
             shapes: of each tensor; ``()`` of one that is frozen.
+            growth: how many times a first update later ones become, as momentum builds up.
         """
         self.sizes = tuple(math.prod(shape) for shape in shapes)
-        self.prior = base_step_size(shapes, self.total_steps, self.config.prior)
+        self.growth = growth
+        self.prior = base_step_size(shapes, self.total_steps, self.config.prior) / growth
         self.state = Multipliers.started(head_multipliers(shapes, self.config.prior))
 
     def start(self, begun: float) -> None:
@@ -131,8 +135,9 @@ class Displacement:
         known = math.isfinite(begun) and math.isfinite(radius)
         if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not known:
             return
-        self.step_size = max(begun, min(radius, fit.step_size or radius)) if by_loss else begun
-        self.ceiling = max(self.step_size, fit.step_size or 0.0)
+        radius, minimiser = radius / self.growth, (fit.step_size or math.inf) / self.growth
+        self.step_size = max(begun, min(radius, minimiser)) if by_loss else begun
+        self.ceiling = max(self.step_size, minimiser) if fit.step_size else self.step_size
 
     def observe(self, measurement: Measurement) -> None:
         """Take what a step, `wants_measurement`, said of the way that training has come."""

@@ -59,7 +59,7 @@ class Paper:
     def multipliers(self, count: int) -> list[float]:
         return []
 
-    def begin(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def begin(self, shapes: Sequence[tuple[int, ...]], growth: float) -> None:
         self.prior = base_step_size(shapes, self.total_steps, PriorConfig())
 
     def start(self, begun: float) -> None:
