@@ -30,18 +30,11 @@ class Reference:
         typical = math.exp(above / below) if counted else 1.0
         self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
 
-        # The body ends with the last matrix of the typical size or more.
+        # The body ends with the last matrix of the median size, where half of all roots is in larger ones.
         body = -1
-        for place, size in matrices:
-            if size >= typical * (1 - 1e-9):
-                body = place
-        before = after = 0
-        for place, _ in matrices:
-            before, after = before + (place <= body), after + (place > body)
-        # If that leaves most of them, with that of the median size, where half of all roots is in larger ones.
         left = sum(math.sqrt(size) for _, size in matrices) / 2
         tie = 1e-9 * left
-        for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True) if after > before else []:
+        for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
             left -= math.sqrt(median)
             if left <= tie:
                 for place, size in matrices:
@@ -65,6 +58,7 @@ class Reference:
             self.first.append(8.0 if fast else 1.0)
 
         self.base = self.most = None
+        self.agreement = 0.0
         self.drift = [0.0] * len(shapes)
         self.mean_squares = [0.0] * len(shapes)
         self.measurements = 0
@@ -96,10 +90,10 @@ class Reference:
     def observe(self, slopes, agreement, factor):
         weight = (factor if factor < 1 else 1.0) / math.sqrt(self.measurements + 4)
 
-        # The base step size.
+        # The base step size, by the sign agreement of late.
         if math.isfinite(agreement):
-            gain = 4.0 if agreement < 0 else 2.0
-            self.base *= math.exp(-gain * weight * agreement)
+            self.agreement = 0.8 * self.agreement + 0.2 * agreement
+            self.base *= math.exp(-4 * weight * self.agreement)
             if self.base > self.most:
                 self.base = self.most
 
@@ -108,11 +102,11 @@ class Reference:
         for place, slope in enumerate(slopes):
             if place >= len(self.sizes) or slope is None or not math.isfinite(slope * slope) or slope == 0:
                 continue
-            mean_square = 0.9 * self.mean_squares[place] + (1 - 0.9) * (slope * slope)
+            mean_square = 0.8 * self.mean_squares[place] + (1 - 0.8) * (slope * slope)
             if mean_square == 0:
                 continue
             self.mean_squares[place] = mean_square
-            z = slope / math.sqrt(mean_square / (1 - 0.9**self.measurements))
+            z = slope / math.sqrt(mean_square / (1 - 0.8**self.measurements))
             z = 2.0 if z > 2 else -2.0 if z < -2 else z
             self.drift[place] -= self.eta * weight * z
 

@@ -15,7 +15,6 @@ import workspace
 
 import hf_lqa.plot
 from hf_lqa.rule import OPTIONS, DisplacementConfig, build
-from hf_lqa.rule.agreement import AgreementConfig
 from hf_lqa.rule.multipliers import MultiplierConfig
 from hf_lqa.rule.paper import PaperConfig
 from hf_lqa.rule.prior import PriorConfig
@@ -251,7 +250,7 @@ def test_the_readme_and_the_pages_keep_their_length():
 
 
 #: The records that hold the rules' constants, in the order of the method page's table.
-CONFIGS = [PriorConfig, DisplacementConfig, AgreementConfig, MultiplierConfig, RadiusConfig, PaperConfig]
+CONFIGS = [PriorConfig, DisplacementConfig, MultiplierConfig, RadiusConfig, PaperConfig]
 
 
 def row_of_constants(config):

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from hf_lqa import LQA, Fit, Verdict
-from hf_lqa.rule import Displacement, Measurement, Paper, PaperConfig, build
-from hf_lqa.rule.agreement import AgreementConfig, moved
+from hf_lqa.rule import Displacement, DisplacementConfig, Measurement, Paper, PaperConfig, build
+from hf_lqa.rule.agreement import averaged, moved
 from hf_lqa.rule.multipliers import MultiplierConfig, Multipliers, rounded, updated
 from hf_lqa.rule.prior import PriorConfig, base_step_size, head_multipliers, typical_size
 from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
 
-PRIOR, TURN, LEVEL, REACH = PriorConfig(), MultiplierConfig(), AgreementConfig(), RadiusConfig()
+PRIOR, TURN, REACH = PriorConfig(), MultiplierConfig(), RadiusConfig()
+MEMORY, GAIN = DisplacementConfig.memory, DisplacementConfig.gain
 ACCEPTED = Fit(-1.0, 2.0, 0.5, Verdict.ACCEPTED)
 
 
@@ -75,7 +76,7 @@ def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
 def after(slopes, sizes, weight=0.5, state=None, times=1):
     state = Multipliers.started([1.0] * len(sizes)) if state is None else state
     for _ in range(times):
-        state = updated(state, slopes, sizes, weight, TURN)
+        state = updated(state, slopes, sizes, weight, MEMORY, TURN)
     return state
 
 
@@ -147,14 +148,21 @@ def test_multipliers_are_applied_to_half_a_doubling():
     assert len(rounded(state, 2, TURN)) == 2
 
 
-def test_the_base_step_size_follows_the_sign_agreement_half_as_far_back():
-    assert moved(3.0, -0.2, 0.5, LEVEL) == pytest.approx(3 * math.exp(4 * 0.5 * 0.2))
-    assert moved(3.0, 0.2, 0.5, LEVEL) == pytest.approx(3 * math.exp(-2 * 0.5 * 0.2))
-    assert moved(3.0, 0.0, 0.5, LEVEL) == moved(3.0, -0.2, 0.0, LEVEL) == 3
-    for nothing in (math.nan, math.inf, -math.inf):
-        assert moved(3.0, nothing, 0.5, LEVEL) == 3
+def test_the_base_step_size_follows_the_sign_agreement_of_late():
+    assert moved(3.0, -0.2, 0.5, 4.0) == pytest.approx(3 * math.exp(4 * 0.5 * 0.2))
+    assert moved(3.0, 0.2, 0.5, 4.0) == pytest.approx(3 * math.exp(-4 * 0.5 * 0.2))
+    assert moved(3.0, 0.0, 0.5, 4.0) == moved(3.0, -0.2, 0.0, 4.0) == 3
     for end, agreement in ((sys.float_info.max, -1.0), (math.ulp(0.0), 1.0)):
-        assert moved(end, agreement, 0.5, LEVEL) == end
+        assert moved(end, agreement, 0.5, 4.0) == end
+
+
+def test_one_batchs_agreement_is_a_part_of_that_of_late():
+    assert averaged(0.5, -0.5, 0.75) == 0.25
+    mean = 0.0
+    for _ in range(100):
+        mean = averaged(mean, -0.3, MEMORY)
+        assert -0.3 <= mean < 0
+    assert mean == pytest.approx(-0.3)
 
 
 def test_a_radius_is_where_the_loss_changes_by_a_share():
@@ -234,13 +242,19 @@ def test_it_begins_where_shapes_say_but_no_nearer_than_the_first_radius(begun, r
     assert rule.step_size == (begins or 4.0), "no later probe moves it"
 
 
-@pytest.mark.parametrize("minimiser, most", [(1.5, 1.5), (0.1, 1.0), (None, 1.0)])
+@pytest.mark.parametrize("minimiser, most", [(1.05, 1.05), (0.1, 1.0), (None, 1.0)])
 def test_it_grows_as_far_as_the_first_minimiser_and_comes_back_from_there(minimiser, most):
     rule = started(minimiser=minimiser)
     rule.observe_probe(1.0, replace(ACCEPTED, step_size=9.0), 1.0, True, False)
-    for agreement, found in ((-0.9, most), (-0.9, most), (0.1, most * math.exp(-2 * 0.1 / math.sqrt(6))), (-0.9, most)):
-        rule.observe(Measurement([-1.0, 1.0, 1.0], agreement, 1.0))
-        assert rule.step_size == pytest.approx(found)
+    for _ in range(3):
+        rule.observe(Measurement([-1.0, 1.0, 1.0], -0.9, 1.0))
+        assert rule.step_size == pytest.approx(most)
+    mean = rule.agreement
+    rule.observe(Measurement([-1.0, 1.0, 1.0], math.nan, 1.0))
+    assert (rule.agreement, rule.step_size) == (mean, most)
+    for _ in range(9):
+        rule.observe(Measurement([-1.0, 1.0, 1.0], 0.9, 1.0))
+    assert rule.step_size < most and rule.agreement > 0.5
     unprobed = Displacement()
     unprobed.start(3.0)
     unprobed.observe(Measurement([], -0.9, 1.0))
@@ -279,7 +293,8 @@ def test_measurements_count_less_and_less_and_as_much_as_the_step_is_long():
         for each, factor in ((rule, 1.0), (half, 0.5), (more, 3.0)):
             each.observe(Measurement([-1.0, 1.0, 1.0], -0.1, factor))
         moves.append(math.log(rule.step_size) - before)
-    assert moves == pytest.approx([4 * 0.1 / math.sqrt(k + 4) for k in range(13)])
+    means = [0.1 * (1 - MEMORY ** (k + 1)) for k in range(13)]
+    assert moves == pytest.approx([GAIN * mean / math.sqrt(k + 4) for k, mean in enumerate(means)])
     assert math.log(half.step_size) == pytest.approx(math.log(rule.step_size) / 2)
     assert more.step_size == rule.step_size and more.multipliers(3) == rule.multipliers(3), "a schedule's peak is 1"
     assert rule.multipliers(3)[1] < half.multipliers(3)[1] < 8

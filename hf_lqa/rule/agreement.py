@@ -1,39 +1,31 @@
-"""The base step size, moved by the sign agreement of gradients with the way that training has come."""
+"""The base step size, moved by how gradients agree in sign with the way that training has come."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class AgreementConfig:
-    """The constants of `moved`.
+def averaged(mean: float, agreement: float, memory: float) -> float:
+    """The decaying mean of sign agreements after one more: ``memory mean + (1 - memory) a``, from 0.
 
-    Attributes:
-        gain: how far the logarithm moves where all signs say that the weights should go on.
-        back: the share of it where they say that the weights have gone too far: they come back by steps, too, and
-            shorter ones take longer.
+    It is not corrected for that start: the first ones are of few steps, and would count many times.
     """
-
-    gain: float = 4.0
-    back: float = 0.5
+    return memory * mean + (1 - memory) * agreement
 
 
-def moved(step_size: float, agreement: float, weight: float, config: AgreementConfig) -> float:
+def moved(step_size: float, mean: float, weight: float, gain: float) -> float:
     """The base step size after a measurement.
 
-        base *= exp(-gain w a),      half as far for a > 0
+        base *= exp(-gain w a)
 
-    with the sign agreement ``a``, in [-1, 1]. At the best fixed rate it is about 0. In fine-tuning, where most of a
-    batch's gradient is noise, it is a few hundredths at any rate, and the base step size stays; in a network from
-    scratch it is -0.1 to -0.4 as long as steps are too short. Each element counts alike, however steep it is.
+    with the decaying mean ``a`` of sign agreements, in [-1, 1]. At the best fixed rate it is about 0. In fine-tuning,
+    where most of a batch's gradient is noise, it is a few hundredths at any rate, and the base step size stays; in a
+    network from scratch it is -0.1 to -0.4 as long as steps are too short. Each element counts alike, however steep it
+    is.
 
     Args:
         weight: how much the measurement counts, ``w``, ``>= 0``.
+        gain: how far the logarithm moves where all signs agree.
     """
-    if not math.isfinite(agreement):
-        return step_size
-    share = config.gain if agreement < 0 else config.gain * config.back
-    found = step_size * math.exp(-share * weight * agreement)
+    found = step_size * math.exp(-gain * weight * mean)
     return found if 0 < found < math.inf else step_size

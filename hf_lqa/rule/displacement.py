@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from ..quadratic import Fit, Verdict
-from .agreement import AgreementConfig, moved
+from .agreement import averaged, moved
 from .multipliers import MultiplierConfig, Multipliers, rounded, updated
 from .prior import PriorConfig, base_step_size, head_multipliers
 from .records import Measurement, require_interval
@@ -21,15 +21,18 @@ class DisplacementConfig:
     Attributes:
         probe_interval: distance between probes, in steps.
         ramp: share of a run in which the base step size is reached.
+        gain: how far the logarithm of the base step size moves where all signs agree.
+        memory: decay of the sign agreements' mean, and of the displacement slopes' mean squares.
         dense: measurements at each distance between them.
         fading: measurements after which one counts ``1 / sqrt(2)`` as much as the first.
     """
 
     prior: PriorConfig = field(default_factory=PriorConfig)
     multipliers: MultiplierConfig = field(default_factory=MultiplierConfig)
-    agreement: AgreementConfig = field(default_factory=AgreementConfig)
     probe_interval: int = 100
     ramp: float = 0.06
+    gain: float = 4.0
+    memory: float = 0.8
     dense: int = 16
     fading: int = 4
 
@@ -41,14 +44,15 @@ class Displacement:
     A batch's own parabola counts the batch's own noise as progress. So the base step size begins where the model's
     shapes say, but not where a step would change the first batch's loss by less than the share `tau`,
 
-        base = max(P / rms, min(radius, minimiser))          P: see `base_step_size`
+        base = max(P sum|d| / sum d², min(radius, minimiser))          P: see `base_step_size`
 
-    with the root mean square of those elements of the direction that are not 0; a ramp leads to it. Each later
-    measurement number ``k``, from 0, moves it by the sign agreement (`moved`) and turns steps by per-tensor multipliers
-    (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every
-    `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size may grow by:
-    it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far ahead. Without a
-    minimiser above the start, or without a first probe, it does not grow.
+    with the direction's elements ``d``: ``sum d² / sum|d|`` is their size, to which those that hardly move add little.
+    A ramp leads to it. Each later measurement number ``k``, from 0, moves it by the sign agreement of late (`moved`)
+    and turns steps by per-tensor multipliers (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule
+    multiply the step by ``f``. Probes every `probe_interval` steps are measurements, on which nothing depends. The
+    first is what the base step size may grow by: it stays below the minimiser of that parabola, which knows its own
+    batch alone and so lies too far ahead. Without a minimiser above the start, or without a first probe, it does not
+    grow.
 
     As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
 
@@ -72,6 +76,8 @@ class Displacement:
     #: How many times a first update the later ones become.
     growth: float = field(default=1.0, init=False)
     state: Multipliers = field(default_factory=Multipliers, init=False)
+    #: Of sign agreements, the decaying mean.
+    agreement: float = field(default=0.0, init=False)
     sizes: tuple[int, ...] = field(default=(), init=False)
     # The multipliers that were applied last, and of which state they are.
     _applied: tuple[Multipliers | None, list[float]] = field(default=(None, []), init=False, repr=False, compare=False)
@@ -145,16 +151,19 @@ class Displacement:
             return
         # Moves fade as evidence accumulates, and as the schedule shrinks the steps.
         weight = min(measurement.factor, 1.0) / math.sqrt(self.state.count + self.config.fading)
-        found = moved(self.step_size, measurement.agreement, weight, self.config.agreement)
-        self.step_size = min(found, self.ceiling)
-        self.state = updated(self.state, measurement.slopes, self.sizes, weight, self.config.multipliers)
+        memory = self.config.memory
+        if math.isfinite(measurement.agreement):
+            self.agreement = averaged(self.agreement, measurement.agreement, memory)
+            self.step_size = min(moved(self.step_size, self.agreement, weight, self.config.gain), self.ceiling)
+        self.state = updated(self.state, measurement.slopes, self.sizes, weight, memory, self.config.multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes in training, in a form that JSON can hold."""
         kept = {"step_size": self.step_size, "ceiling": self.ceiling, "sizes": list(self.sizes)}
-        return {**kept, "multipliers": asdict(self.state)}
+        return {**kept, "agreement": self.agreement, "multipliers": asdict(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step_size, self.ceiling, self.sizes = state["step_size"], state["ceiling"], tuple(state["sizes"])
+        self.agreement = state["agreement"]
         kept = state["multipliers"]
         self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])

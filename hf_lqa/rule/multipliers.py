@@ -15,7 +15,6 @@ class MultiplierConfig:
 
     Attributes:
         eta: gain, in (0, 1].
-        memory: decay of the mean square by which slopes are divided.
         clip: the largest slope, in units of its root mean square.
         bound: the most that a multiplier may move away from where it began, as a factor.
         to_a_doubling: multipliers are rounded to so many values in a doubling, because each that occurs is one more
@@ -23,7 +22,6 @@ class MultiplierConfig:
     """
 
     eta: float = 0.3
-    memory: float = 0.9
     clip: float = 2.0
     bound: float = 4.0
     to_a_doubling: int = 2
@@ -55,7 +53,12 @@ class Multipliers:
 
 
 def updated(
-    state: Multipliers, slopes: Sequence[float | None], sizes: Sequence[int], weight: float, config: MultiplierConfig
+    state: Multipliers,
+    slopes: Sequence[float | None],
+    sizes: Sequence[int],
+    weight: float,
+    memory: float,
+    config: MultiplierConfig,
 ) -> Multipliers:
     """The multipliers after a measurement.
 
@@ -70,13 +73,14 @@ def updated(
             has are left out.
         sizes: number of elements of each tensor.
         weight: how much the measurement counts, ``w``, ``>= 0``.
+        memory: decay of the mean squares.
     """
-    bias = 1 - config.memory ** (state.count + 1)
+    bias = 1 - memory ** (state.count + 1)
     drift, squares = list(state.drift), list(state.mean_squares)
     for i, slope in enumerate(slopes[: len(drift)]):
         if slope is None or not slope * slope < math.inf:
             continue
-        square = config.memory * squares[i] + (1 - config.memory) * slope * slope
+        square = memory * squares[i] + (1 - memory) * slope * slope
         if slope and square > 0:
             squares[i] = square
             z = slope / math.sqrt(square / bias)

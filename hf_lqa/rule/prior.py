@@ -63,18 +63,13 @@ def base_step_size(shapes: Sequence[tuple[int, ...]], total_steps: int | None, c
 def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[float]:
     """What multiplies each tensor's step from the start: `head` for those of the head and for vectors, 1 for all else.
 
-    The body ends with the last matrix of at least the typical size. If more matrices come after it than it has, as
-    after a small model's table of word vectors, it ends with the last of at least the median size, for which each
-    counts as the root of its size. The matrices after it are the head, unless all of them are repeated: three of one
-    shape are layers. Where there is no head, vectors are not faster, either. Frozen tensors do not count.
+    The body ends with the last matrix of at least the median size, for which each counts as the root of its size. The
+    matrices after it are the head, unless all of them are repeated: three of one shape are layers. Where there is no
+    head, vectors are not faster, either. Frozen tensors do not count.
     """
     matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n]
-    # A rounding error of the mean must not make a head of the last of equal matrices.
-    least = typical_size(shapes) * (1 - 1e-9)
+    least = _median([n for _, n in matrices])
     body = max((i for i, n in matrices if n >= least), default=len(shapes))
-    if 2 * sum(i > body for i, _ in matrices) > len(matrices):
-        least = _median([n for _, n in matrices])
-        body = max(i for i, n in matrices if n >= least)
     head = {i for i, _ in matrices if i > body}
     alike = Counter(shapes[i] for i, _ in matrices)
     # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
@@ -84,12 +79,12 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
 
 
 def _median(sizes: Sequence[int]) -> int:
-    """The size that matrices of half of all roots have or exceed."""
+    """The size that matrices of half of all roots have or exceed; 0 without any."""
     half = sum(weights_of(sizes)) / 2
     ordered = sorted(sizes, reverse=True)
     roots = itertools.accumulate(weights_of(ordered))
     # A tie is no matter of rounding.
-    return next(n for n, root in zip(ordered, roots, strict=True) if root >= half * (1 - 1e-9))
+    return next((n for n, root in zip(ordered, roots, strict=True) if root >= half * (1 - 1e-9)), 0)
 
 
 def _matrices(shapes: Sequence[tuple[int, ...]]) -> list[int]:
