@@ -117,7 +117,8 @@ class LQA(torch.optim.Optimizer):
         self._caller = Caller()
         self._division = Division()
         self._largest_lr = max(1.0, largest_lr(base))
-        self._armed: Callable[[], Tensor] | None = None
+        #: The closure of the next step, see `arm`.
+        self.armed: Callable[[], Tensor] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
         self.defaults = base.defaults
         super().__setstate__({})
@@ -140,10 +141,10 @@ class LQA(torch.optim.Optimizer):
         self.base.state = state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_armed"}
+        return {k: v for k, v in vars(self).items() if k != "armed"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_armed": None})
+        super().__setstate__({**state, "armed": None})
 
     def __repr__(self) -> str:
         return f"LQA ({self.rule.name}) around {self.base!r}"
@@ -188,7 +189,7 @@ class LQA(torch.optim.Optimizer):
 
     def arm(self, closure: Callable[[], Tensor] | None) -> None:
         """Provide the closure of the next `step`, for loops that call it without (`None`: take it back)."""
-        self._armed = closure
+        self.armed = closure
 
     def observe_clipping(self, grad_norm: Tensor | float, max_norm: float) -> None:
         """Tell the next `step` that its gradients had the norm `grad_norm` and were then clipped to `max_norm`.
@@ -220,7 +221,7 @@ class LQA(torch.optim.Optimizer):
         Raises:
             ValueError: no closure, and the rule cannot begin without; or a closure that cannot be called.
         """
-        closure = closure if closure is not None else self._armed
+        closure = closure if closure is not None else self.armed
         given = closure is not None
         multiplier = max(float(group["lr"]) for group in self.param_groups)
         # Checkpoints of sharded optimizers make one step at rate 0, to have a state to load into.
@@ -243,7 +244,7 @@ class LQA(torch.optim.Optimizer):
             return self._stand(returned)
         if self.rule.step_size is None:
             self._largest_lr = max(self._largest_lr, largest_lr(self.base))
-            self.rule.begin([p.shape if p.requires_grad else () for p in params], growth(self.base))
+            self.rule.begin([p.shape for p in params], [p.requires_grad for p in params], growth(self.base))
         probed = None
         if wants_probe:
             step = Step(number, checked, relative_noise(closure, params), self._read)
@@ -285,7 +286,7 @@ class LQA(torch.optim.Optimizer):
         return self._end(returned)
 
     def _end(self, returned: Any) -> Any:
-        self._armed = None
+        self.armed = None
         self.checks.open(self._params, self.wants_probe)
         if not self.wants_probe:
             self.prober.forget()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 #: Elements of a temporary: what a CPU's cache holds, and little of an accelerator's memory.
-_PIECE, ACCELERATOR_PIECE = 2**17, 2**22
+PIECE, ACCELERATOR_PIECE = 2**17, 2**22
 #: Foreach operations take this share of what is observed at once, or a piece.
 _FOREACH_SHARE = 1 / 4
 
@@ -39,12 +39,12 @@ def on_accelerator(tensor: Tensor) -> bool:
 
 def products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
     """``<left_i, right_i - minus_i>`` of each as one vector, in float32 or better; of tensors that are not sharded."""
-    return _vector([left, right] if minus is None else [left, right, minus], _foreach_products, _product)
+    return _vector([left, right] if minus is None else [left, right, minus], _foreach_products, product)
 
 
 def sign_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
     """The sum over all elements of ``sign(left_i) sign(right_i - minus_i)`` of each, as `products`."""
-    return _vector([left, right, minus], _foreach_sign_products, _sign_product)
+    return _vector([left, right, minus], _foreach_sign_products, sign_product)
 
 
 def _vector(sides: list[list[Tensor]], together: Callable[..., Tensor], alone: Callable[..., Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ def _foreach_sums(tensors: _Tensors) -> Tensor:
     return 2 * torch.stack(torch._foreach_norm(above, 1)) - torch.stack(torch._foreach_norm(tensors, 1))
 
 
-def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     """One of `products`, whatever the tensors are."""
     tensors = _dense(a, b) if minus is None else _dense(a, b, minus)
     # BLAS needs no temporary for one precision's plain product.
@@ -133,7 +133,7 @@ def _product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
-def _sign_product(a: Tensor, b: Tensor, minus: Tensor) -> Tensor:
+def sign_product(a: Tensor, b: Tensor, minus: Tensor) -> Tensor:
     """One of `sign_products`, whatever the tensors are."""
     # A product of two small half-precision numbers could be 0; one with a sign cannot.
     signs = ((b - c).mul_(torch.sign(a)).sign_() for a, b, c in _pieces(_dense(a, b, minus)))
@@ -146,7 +146,7 @@ def _pieces(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     There they cost next to nothing, fresh memory several times the arithmetic.
     """
     first = tensors[0]
-    size = ACCELERATOR_PIECE if on_accelerator(first) else _PIECE
+    size = ACCELERATOR_PIECE if on_accelerator(first) else PIECE
     if not first.dim() or first.numel() <= size:
         return [tensors]
     if all(t.is_contiguous() for t in tensors):

@@ -16,7 +16,7 @@ from .rule.records import Measurement
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: One row of so many is observed where there are at least so many rows and elements. A CPU waits for memory; an
 #: accelerator takes what lies in one piece together, and for small matrices its launches are dearer than their memory.
-_EVERY, _MANY_ROWS, _LARGE, _ACCELERATOR_LARGE = 8, 64, 2**14, 2**20
+EVERY, MANY_ROWS, LARGE, ACCELERATOR_LARGE = 8, 64, 2**14, 2**20
 #: So many parameters at most are observed on an accelerator, where each takes its time whatever its size.
 _ACCELERATOR_MANY = 32
 
@@ -123,15 +123,15 @@ def is_sampled(tensor: Tensor) -> bool:
     A layer's rows are units alike: the ratio of two slopes over an eighth of them is that over all of them, nearly.
     What is sharded is not cut, because another number of ranks, which cuts elsewhere, may go on from a checkpoint.
     """
-    large = _ACCELERATOR_LARGE if on_accelerator(tensor) else _LARGE
-    return tensor.dim() > 1 and tensor.shape[0] >= _MANY_ROWS and tensor.numel() >= large and not is_sharded(tensor)
+    large = ACCELERATOR_LARGE if on_accelerator(tensor) else LARGE
+    return tensor.dim() > 1 and tensor.shape[0] >= MANY_ROWS and tensor.numel() >= large and not is_sharded(tensor)
 
 
 def sample(tensor: Tensor) -> Tensor:
     """Every eighth row; shares the tensor's memory, unless it is sparse."""
     if tensor.is_sparse:
-        return tensor.index_select(0, torch.arange(0, tensor.shape[0], _EVERY, device=tensor.device))
-    return tensor[::_EVERY]
+        return tensor.index_select(0, torch.arange(0, tensor.shape[0], EVERY, device=tensor.device))
+    return tensor[::EVERY]
 
 
 class Snapshot:

@@ -148,7 +148,7 @@ class Replays(TrainerCallback):
         trainer.add_callback(self)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        closure = self.trainer.lqa._armed
+        closure = self.trainer.lqa.armed
         if closure is not None:
             self.pairs.append((float(closure.loss), float(closure())))
 

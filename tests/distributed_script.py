@@ -78,7 +78,7 @@ def run(spec: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(spec.get("train_only", "")))
     # As in large matrices, of which every eighth row is observed.
-    slopes._LARGE, slopes._MANY_ROWS = (1, 8) if spec.get("sampled") else (2**14, 64)
+    slopes.LARGE, slopes.MANY_ROWS = (1, 8) if spec.get("sampled") else (2**14, 64)
     options = dict(spec["arguments"])
     if "state_dict_type" in spec:
         config = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": spec["state_dict_type"]}

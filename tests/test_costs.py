@@ -64,7 +64,7 @@ class Read:
 def on_cuda(monkeypatch):
     monkeypatch.setattr(Direction, "_scale", lambda self: 1.0)  # read of the weights, under weight decay
     # A build without CUDA has no brackets for such tensors.
-    monkeypatch.setattr(slopes, "sample", lambda t: torch.ops.aten.slice.Tensor(t, 0, 0, t.shape[0], slopes._EVERY))
+    monkeypatch.setattr(slopes, "sample", lambda t: torch.ops.aten.slice.Tensor(t, 0, 0, t.shape[0], slopes.EVERY))
     with FakeTensorMode(), torch.no_grad():
         yield
 

@@ -77,14 +77,14 @@ def as_on_an_accelerator(monkeypatch):
     """Slopes by foreach operations, but for what is larger than a piece; of matrices as large as on a CPU a sample."""
     for module in (products, slopes):
         monkeypatch.setattr(module, "on_accelerator", lambda tensor: True)
-    monkeypatch.setattr(slopes, "_ACCELERATOR_LARGE", slopes._LARGE)
+    monkeypatch.setattr(slopes, "ACCELERATOR_LARGE", slopes.LARGE)
     monkeypatch.setattr(products, "ACCELERATOR_PIECE", 5000)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("piece", [products._PIECE, 1000])
+@pytest.mark.parametrize("piece", [products.PIECE, 1000])
 def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monkeypatch):
-    monkeypatch.setattr(products, "_PIECE", piece)
+    monkeypatch.setattr(products, "PIECE", piece)
     if accelerator:
         as_on_an_accelerator(monkeypatch)
     layer, head, bias = (nn.Parameter(torch.zeros(*shape)) for shape in [(64, 512), (6, 4096), (2**15,)])
@@ -225,7 +225,7 @@ def test_foreach_operations_find_the_same_products(monkeypatch):
 def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch):
     params = [nn.Parameter(torch.zeros(64, 512)), nn.Parameter(torch.zeros(5))]
     saved = Snapshot(params, [0, 1]).values
-    monkeypatch.setattr(slopes, "_LARGE", 2**20)
+    monkeypatch.setattr(slopes, "LARGE", 2**20)
     assert [v.shape for v in Snapshot(params, [0, 1]).values] == [(64, 512), (5,)]
     snapshot = Snapshot(params, [0, 1], saved)
     for p in params:

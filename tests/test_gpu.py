@@ -223,7 +223,7 @@ def test_products_at_once_are_those_of_one_after_the_other():
     for i, found in enumerate(together):
         terms = left[i].double() * (right[i].double() - minus[i].double())
         assert float(found) == pytest.approx(float(terms.sum()), abs=1e-6 * float(terms.abs().sum()))
-        assert float(products._product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
+        assert float(products.product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -234,7 +234,7 @@ def test_products_of_signs_at_once_are_those_of_one_after_the_other(dtype):
         for a, b, c in zip(left, right, minus, strict=True)
     ]
     assert products.sign_products(left, right, minus).tolist() == expected
-    alone = [products._sign_product(*three) for three in zip(left, right, minus, strict=True)]
+    alone = [products.sign_product(*three) for three in zip(left, right, minus, strict=True)]
     assert [float(found) for found in alone] == expected
 
 

@@ -134,8 +134,6 @@ def relative_change(probe):
     return abs(probe.loss_minus - probe.loss_plus) / 2 / probe.loss_center
 
 
-
-
 @pytest.mark.parametrize("base", ["adamw", "momentum", "sgd"])
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_loop_that_clips_probes_where_the_loss_changes_by_tau_and_learns_without_telling(name, base):

@@ -52,7 +52,7 @@ def test_the_probe_at_the_origin_is_the_training_loss_bit_for_bit(accumulation, 
             loss = super().training_step(model, inputs, num_items_in_batch)
             scalar = loss / self.accelerator.gradient_accumulation_steps  # not 1 before Transformers 5.5.4
             self.summed = scalar if self.summed is None else self.summed + scalar
-            probe = self.lqa._armed
+            probe = self.lqa.armed
             if probe is not None:
                 grads = [p.grad.clone() for p in model.parameters()]
                 rng = torch.get_rng_state()
