@@ -289,8 +289,8 @@ def test_resuming_from_the_state_dict_changes_nothing(rule, stop, tmp_path, monk
     """Between probes and at one, and on both sides of where the rule begins to measure every second step only."""
     rule, _, cut = rule.partition(",")
     if cut:
-        monkeypatch.setattr(slopes, "_MANY_ROWS", 8)
-        monkeypatch.setattr(slopes, "_LARGE", 1)
+        monkeypatch.setattr(slopes, "MANY_ROWS", 8)
+        monkeypatch.setattr(slopes, "LARGE", 1)
     data = list(batches(40))
     model = net()
     optimizer = LQA(torch.optim.AdamW(model.parameters(), lr=1.0), rule, probe_interval=3)
