@@ -26,7 +26,7 @@ from .slopes import absolute, dot, local, local_part
 REHEARSAL_SHARE = 1 / 16
 
 #: Elements of a rehearsal on a CPU, few enough that the allocator uses the same memory again.
-_REHEARSAL_PIECE = 2**19
+REHEARSAL_PIECE = 2**19
 
 #: A parameter, and a piece of its direction, origin, gradient and state.
 _Piece = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
@@ -133,7 +133,7 @@ class Direction:
         """
         kept = dict(vars(base))
         group_of = {p: i for i, group in enumerate(base.param_groups) for p in group["params"]}
-        limit = _REHEARSAL_PIECE if self._on_cpu else max(self._share(), ACCELERATOR_PIECE)
+        limit = REHEARSAL_PIECE if self._on_cpu else max(self._share(), ACCELERATOR_PIECE)
         try:
             for batch in runs(self._pieces(kept["state"], limit), lambda piece: piece[1].numel(), limit):
                 groups = [{**group, "lr": group["lr"] * scale, "params": []} for group in kept["param_groups"]]

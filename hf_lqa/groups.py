@@ -62,7 +62,7 @@ def rescaled(
             of the parameters: groups that differ in nothing else are divided as one.
     """
     groups = base.param_groups
-    parts = _divided(groups, _each(groups), rates) if division is None else division.parts(base, rates)
+    parts = divided(groups, _each(groups), rates) if division is None else division.parts(base, rates)
     found = [
         {**(group := groups[places[0]]), "params": params, "lr": group["lr"] * scale * rate}
         for places, params, rate in parts
@@ -86,7 +86,7 @@ def _each(groups: list[dict[str, Any]]) -> list[list[int]]:
     return [[i] for i in range(len(groups))]
 
 
-def _divided(groups: list[dict[str, Any]], alike: list[list[int]], rates: list[float]) -> list[_Part]:
+def divided(groups: list[dict[str, Any]], alike: list[list[int]], rates: list[float]) -> list[_Part]:
     """A part for each rate among the parameters of the groups that are `alike`; at 1 where there are no rates."""
     rate_of = iter(rates or itertools.repeat(1.0))
     by_rate: list[dict[float, list[Tensor]]] = [{} for _ in alike]
@@ -119,7 +119,7 @@ class Division:
         alike = _of_equal_options(groups) if type(base) in ELEMENTWISE else _each(groups)
         params = [group["params"] for group in groups]
         if alike != self._alike or rates != self._rates or not all(map(same, params, self._params)):
-            self._parts = _divided(groups, alike, rates)
+            self._parts = divided(groups, alike, rates)
             # Copies: a group's list may change in place.
             self._alike, self._rates, self._params = alike, list(rates), [list(ps) for ps in params]
         return self._parts

@@ -42,7 +42,7 @@ _MAX_CONTAINER = 4096
 _MAX_OBJECTS = 500_000
 #: Tensors of up to so many bytes are always copied; larger ones together up to the size of the weights that are
 #: trained, and this much more.
-_SMALL, _ALLOWANCE = 2**20, 2**26
+SMALL, ALLOWANCE = 2**20, 2**26
 #: Of a Trainer, what its `compute_loss` has no business with, or what is looked at once only as `_SHALLOW`.
 _TRAINERS_OWN = frozenset(
     "accelerator args callback_handler data_collator eval_dataset lr_scheduler model_init optimizer processing_class"
@@ -91,11 +91,11 @@ def reach(
     for name, root in roots.items():
         search.follow(name, root)
     found = Found(search.holders, search.unseen)
-    allowed = _ALLOWANCE + sum(_bytes(w) for _, w in search.weights if w.requires_grad)
+    allowed = ALLOWANCE + sum(_bytes(w) for _, w in search.weights if w.requires_grad)
     still = [(path, w) for path, w in search.weights if not moved(w)]
     for tensors, candidates in ((search.weights, still), (search.others, search.others)):
-        fits = sum(_bytes(t) for _, t in candidates if _bytes(t) > _SMALL) <= allowed
-        copied = {id(t) for _, t in candidates if fits or _bytes(t) <= _SMALL}
+        fits = sum(_bytes(t) for _, t in candidates if _bytes(t) > SMALL) <= allowed
+        copied = {id(t) for _, t in candidates if fits or _bytes(t) <= SMALL}
         for path, tensor in tensors:
             uncounted = tensors is search.weights or id(tensor) in search.buffers
             found.holders.append(Values(path, tensor, id(tensor) in copied or path in written, uncounted))
@@ -162,7 +162,7 @@ class _Search:
         if isinstance(value, type):
             return self._class(path, value)
         if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
-            if value.flags.writeable and value.nbytes <= _ALLOWANCE:
+            if value.flags.writeable and value.nbytes <= ALLOWANCE:
                 self.holders.append(Array(path, value))
             return iter(())
         if hasattr(type(value), "__next__") and (not has_attributes(value) or hasattr(value, "_num_yielded")):

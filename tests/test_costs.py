@@ -213,8 +213,8 @@ def test_launches_do_not_grow_with_the_matrices_either(on_cuda):
 
 def test_parameters_are_divided_by_rate_only_where_something_has_changed(monkeypatch):
     calls = []
-    divided = groups._divided
-    monkeypatch.setattr(groups, "_divided", lambda *args: calls.append(1) or divided(*args))
+    divided = groups.divided
+    monkeypatch.setattr(groups, "divided", lambda *args: calls.append(1) or divided(*args))
     params = [nn.Parameter(torch.ones(3)) for _ in range(6)]
     base = torch.optim.AdamW([{"params": params[:3]}, {"params": params[3:]}], lr=1.0, weight_decay=0.0)
     division, rates = Division(), [1.0, 2.0] * 3

@@ -53,7 +53,7 @@ def started(base, options, steps=3):
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("name", BASES)
 def test_it_is_the_update_of_the_base_and_leaves_no_trace(name, steps, monkeypatch):
-    monkeypatch.setattr(direction, "_REHEARSAL_PIECE", 50)  # some tensors are cut, some go together
+    monkeypatch.setattr(direction, "REHEARSAL_PIECE", 50)  # some tensors are cut, some go together
     base, options = BASES[name]
     net, optimizer = started(base, options, steps)
     before = copy.deepcopy((net.state_dict(), optimizer.state_dict(), [p.grad for p in net.parameters()]))
@@ -169,7 +169,7 @@ def test_gradient_descent_takes_no_second_copy():
 
 
 def test_a_base_that_fails_in_a_piece_is_put_back(monkeypatch):
-    monkeypatch.setattr(direction, "_REHEARSAL_PIECE", 50)
+    monkeypatch.setattr(direction, "REHEARSAL_PIECE", 50)
     net, optimizer = started(torch.optim.AdamW, {})
     before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
     calls, own = [], torch.optim.AdamW.step

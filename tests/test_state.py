@@ -413,8 +413,8 @@ class TeacherThatRequiresGrad(MomentumEncoder):
 @pytest.mark.parametrize("make", [TeacherThatRequiresGrad, MomentumEncoderThroughData, QueueWrittenAfterItIsRead])
 def test_what_is_too_large_to_copy_is_copied_once_it_has_changed(make, monkeypatch):
     if make is not TeacherThatRequiresGrad:
-        monkeypatch.setattr(search, "_SMALL", 4)
-        monkeypatch.setattr(search, "_ALLOWANCE", -(10**9))
+        monkeypatch.setattr(search, "SMALL", 4)
+        monkeypatch.setattr(search, "ALLOWANCE", -(10**9))
     model, lqa, pairs, rates = trained(make)
     assert lqa.counts["not_replayable"] == 1 and lqa.counts["probe_forwards"] == 2 * (STEPS - 1)
     assert lqa.counts["replays_given_up"] == 0
@@ -423,7 +423,7 @@ def test_what_is_too_large_to_copy_is_copied_once_it_has_changed(make, monkeypat
 
 
 def test_frozen_weights_that_stay_are_not_copied(monkeypatch):
-    monkeypatch.setattr(search, "_ALLOWANCE", 0)
+    monkeypatch.setattr(search, "ALLOWANCE", 0)
     adapted = nn.Sequential(nn.Linear(600, 600).requires_grad_(False), nn.Linear(600, 1))
     closure = ReplayedLoss(adapted)
     closure.record(lambda x: adapted(x).square().mean(), torch.ones(2, 600)).backward()
