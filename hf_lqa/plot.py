@@ -53,7 +53,7 @@ def plot(
     """
     if bool(compare) + details + (probe is not None) > 1:
         raise ValueError("--compare, --details and --probe are pictures of their own: give one of them")
-    figure_class = figure_class(show)
+    figure_class = class_of_figures(show)
     log = read_log(output_dir)
     if details:
         figure, name = _draw_details(figure_class, log, _probes(output_dir, log)), "lqa_details.png"
@@ -88,7 +88,7 @@ def _probes(output_dir: str | Path, log: Sequence[dict[str, Any]]) -> list[dict[
     return measured
 
 
-def figure_class(show: bool) -> Any:
+def class_of_figures(show: bool) -> Any:
     try:
         from matplotlib.figure import Figure
 

@@ -40,7 +40,7 @@ def drawn(monkeypatch):
             figures.append(self)
             super().savefig(*args, **kwargs)
 
-    monkeypatch.setattr(module, "figure_class", lambda show: Kept)
+    monkeypatch.setattr(module, "class_of_figures", lambda show: Kept)
     return figures
 
 
