@@ -93,10 +93,10 @@ def draw_sweep(tables: Sequence[Table], chosen: Sequence[Table], path: Path) -> 
         rates = [method for method in table.rates() if shared(method) and parse_method(method).warmup]
         losses = [table.loss(method, shared(method)) for method in rates]
         ax.plot([rate_of(method) for method in rates], losses, "o--", color="#0072B2", label="AdamW, swept")
-        formula = next((m for m in table.methods if alias(m) == "formula_m" and shared(m)), None)
+        formula = next((m for m in table.methods if alias(m) == "formula_m_head8" and shared(m)), None)
         if formula:
             rate = mean(run["highest_rate"] for run in table.methods[formula].values())
-            style = {"color": "#D55E00", "fillstyle": "none", "label": "AdamW, rate from shapes (formula_m)"}
+            style = {"color": "#D55E00", "fillstyle": "none", "label": "AdamW, rate from shapes (formula_m_head8)"}
             ax.plot([rate], [table.loss(formula, shared(formula))], "D", **style)
         ax.axhline(table.loss("lqa", seeds), color="#000000", label="lqa, no rate given")
         ax.set_xscale("log")
