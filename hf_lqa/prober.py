@@ -131,7 +131,7 @@ class Prober:
         by = dict(zip(params, multipliers, strict=True)) if multipliers else {}
         with rescaled(base, 1 / multiplier, multipliers):
             if closure is not None:
-                return Probed(*self._probe(base, by, closure, step))
+                return Probed(*self.probe(base, by, closure, step))
             if self.rule.needs_replays:
                 raise ValueError(
                     "step() was called without a closure before any step size was measured: pass a closure that"
@@ -141,7 +141,7 @@ class Prober:
             begun = self._begun(*step.read(direction.slope(), *direction.size(by)))
             return Probed(None, 0.0, begun)
 
-    def _probe(
+    def probe(
         self,
         base: torch.optim.Optimizer,
         multipliers: Mapping[Tensor, float],

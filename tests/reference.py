@@ -120,7 +120,7 @@ class Reference:
             below += math.sqrt(self.sizes[place])
         for place in known:
             drift = self.drift[place] - math.log(math.sqrt(above / below))
-            self.drift[place] = math.log(4) if drift > math.log(4) else -math.log(4) if drift < -math.log(4) else drift
+            self.drift[place] = math.log(2) if drift > math.log(2) else -math.log(2) if drift < -math.log(2) else drift
 
         # The others move as what comes before them; those at the beginning, as the first of these.
         last = self.drift[known[0]]

@@ -23,7 +23,7 @@ class MultiplierConfig:
 
     eta: float = 0.3
     clip: float = 2.0
-    bound: float = 4.0
+    bound: float = 2.0
     to_a_doubling: int = 2
 
     def __post_init__(self) -> None:
