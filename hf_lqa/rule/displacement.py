@@ -44,15 +44,15 @@ class Displacement:
     A batch's own parabola counts the batch's own noise as progress. So the base step size begins where the model's
     shapes say, but not where a step would change the first batch's loss by less than the share `tau`,
 
-        base = max(P sum|d| / sum d², min(radius, minimiser))          P: see `base_step_size`
+        base = max(P sum|d| / sum d², min(radius, minimiser)) / growth          P: see `base_step_size`
 
     with the direction's elements ``d``: ``sum d² / sum|d|`` is their size, to which those that hardly move add little.
-    A ramp leads to it. Each later measurement number ``k``, from 0, moves it by the sign agreement of late (`moved`)
-    and turns steps by per-tensor multipliers (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule
-    multiply the step by ``f``. Probes every `probe_interval` steps are measurements, on which nothing depends. The
-    first is what the base step size may grow by: it stays below the minimiser of that parabola, which knows its own
-    batch alone and so lies too far ahead. Without a minimiser above the start, or without a first probe, it does not
-    grow.
+    `growth` is that of later updates by momentum. A ramp leads to the base step size. Each later measurement number
+    ``k``, from 0, moves it by the sign agreement of late (`moved`) and turns steps by per-tensor multipliers
+    (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every
+    `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size may grow by:
+    it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far ahead. Without a
+    minimiser above the start, or without a first probe, it does not grow.
 
     As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
 
