@@ -154,10 +154,10 @@ def test_different_rates_multiply_launches_by_their_number_at_most(kind, decay, 
     assert waits == 1
 
 
-def test_multipliers_are_of_nine_values_at_most_and_of_fifteen_with_a_head():
+def test_multipliers_are_of_five_values_at_most_and_of_ten_with_a_head():
     generator, bound = random.Random(0), math.log(MultiplierConfig.bound)
     drift = tuple(generator.uniform(-bound, bound) for _ in range(500))
-    for head, most in ((1.0, 9), (8.0, 15)):
+    for head, most in ((1.0, 5), (8.0, 10)):
         state = Multipliers((1.0,) * 250 + (head,) * 250, drift, (0.0,) * 500)
         assert len({*rounded(state, 500, MultiplierConfig())}) == most
 
