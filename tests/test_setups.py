@@ -429,11 +429,12 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 def test_training_twice_goes_on_with_what_was_measured(tmp_path):
     trainer = trained(tmp_path, max_steps=3)
     lqa, counts, probe = trainer.lqa, dict(trainer.lqa.counts), trainer.lqa.last_probe
-    base, multipliers = lqa.base_step_size, lqa.multipliers
+    base, learned = lqa.base_step_size, lqa.rule.state
     trainer.train()
     assert trainer.lqa is lqa and lqa.counts == {**counts, "steps": 6}
     assert lqa.last_probe == probe and lqa.base_step_size == pytest.approx(base, rel=0.8)
-    assert lqa.multipliers == pytest.approx(multipliers, rel=0.8)
+    # Measured are all steps but the very first.
+    assert lqa.rule.state.count == learned.count + 3 == 5 and lqa.rule.state.first == learned.first
 
 
 class OutOfMemory(hf_lqa.LQATrainer):
