@@ -88,7 +88,9 @@ class Table:
     def metric(self, run: Run) -> float | None:
         """The task's own metric of a run; older runs have only one."""
         name = self.task.metric
-        return run["metrics"].get(name, run["metric"] if name == "accuracy" else None) if name else None
+        found = run["metrics"].get(name, run["metric"] if name == "accuracy" else None) if name else None
+        # A constant prediction has no correlation with anything.
+        return 0.0 if found is not None and math.isnan(found) else found
 
     def seeds_beside(self, method: str) -> set[int]:
         """Seeds that a method has in common with the best rate."""
