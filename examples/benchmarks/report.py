@@ -44,7 +44,8 @@ def report(runs: list[Run], folder: Path) -> str:
     about_changes = (
         "Loss over that of `lqa` as it is, seed by seed: geometric mean over settings, and ± the standard error over"
         " seeds. Learning rate: over the default's when four fifths of a run were over. Every constant of the rule is"
-        " halved and doubled, of `memory` the complement. `tau=0.0303`, 1 % more, shows chance."
+        " halved and doubled, of `memory` the complement. `tau=0.0303`, 1 % more, shows chance. `lqa_adamw` is"
+        " `LQAAdamW` without a closure."
     )
     about_ranks = (
         "By mean validation loss over the seeds that all have, of the methods without a rate that ran on all tasks, and"

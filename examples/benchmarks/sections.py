@@ -49,23 +49,24 @@ def _changed(table: Table, method: str) -> tuple[list[float], list[float]] | Non
 
 
 def ablations(tables: Sequence[Table]) -> str:
-    """``lqa+OPTION=VALUE`` over `lqa`: over all settings, then setting by setting."""
-    methods = sorted({m for t in tables for m in t.methods if m.startswith("lqa+") and "=" in m})
+    """``lqa+OPTION=VALUE`` and `LQAAdamW` over `lqa`: over all settings, then setting by setting."""
+    found = {m for table in tables for m in table.methods}
+    methods = sorted(m for m in found if m == "lqa_adamw" or (m.startswith("lqa+") and "=" in m))
     rows = []
     for method in methods:
-        found = {t.title(): pair for t in tables if not t.varied and (pair := _changed(t, method))}
-        if not found:
+        pairs = {t.title(): pair for t in tables if not t.varied and (pair := _changed(t, method))}
+        if not pairs:
             continue
-        means = {title: geometric_mean(losses) for title, (losses, _) in found.items()}
+        means = {title: geometric_mean(losses) for title, (losses, _) in pairs.items()}
         worst = max(means, key=lambda title: means[title])
-        rates = [value for _, own in found.values() for value in own]
+        rates = [value for _, own in pairs.values() for value in own]
         each = []
-        for title, (losses, _) in found.items():
+        for title, (losses, _) in pairs.items():
             error = f" ± {statistics.stdev(losses) / len(losses) ** 0.5:.3f}" if len(losses) > 1 else ""
             each.append(f"{title.partition(':')[0]} {means[title]:.3f}{error} ({len(losses)})")
         rate = f"{geometric_mean(rates):.2f}" if rates else ""
         total = f"{geometric_mean(means.values()):.3f} | {ratio(means[worst])}, {worst}"
-        rows.append(f"| `{method[4:]}` | {len(found)} | {total} | {rate} | {'; '.join(each)} |")
+        rows.append(f"| `{method.removeprefix('lqa+')}` | {len(pairs)} | {total} | {rate} | {'; '.join(each)} |")
     names = ["change", "settings", "ratio", "worst setting", "learning rate", "each setting, and number of seeds"]
     return "\n".join([*header(names, []), *rows]) if rows else ""
 

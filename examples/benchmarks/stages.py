@@ -82,6 +82,7 @@ STAGES: dict[str, list[Entry]] = {
         )
     ],
     "insensitivity": [(["trec6", "sms_spam", *PAPER], [f"lqa+{change}" for change in CHANGES], SEEDS[:2], {})],
+    "without_closure": [([*TEXTS, "trec6_lora"], ["lqa", "lqa_adamw"], SEEDS, {})],
     # AdamW at the rate that is best on the other seeds, and the next to best where it is near.
     "seeds": [
         (TEXTS, ["lqa", *adamw("1e-4", "3e-4")], FRESH_SEEDS, {}),
