@@ -266,7 +266,7 @@ class LQA(torch.optim.Optimizer):
     def _advance(self, multiplier: float) -> None:
         """`base.step()` at rates ``base step size * ramp * multiplier_i * lr / unit``."""
         scale = (self.rule.step_size or 0.0) * self.rule.factor(self.counts["steps"]) / self._largest_lr
-        if scale > 0:
+        if self._meter.beginning is None and scale > 0:
             self._meter.begin(self._params, with_gradient(self.base))
         with rescaled(self.base, scale, self.multipliers, self._division):
             self.base.step()
@@ -287,8 +287,9 @@ class LQA(torch.optim.Optimizer):
 
     def _end(self, returned: Any) -> Any:
         self.armed = None
-        self.checks.open(self._params, self.wants_probe)
-        if not self.wants_probe:
+        probe = self.wants_probe
+        self.checks.open(self._params, probe)
+        if not probe:
             self.prober.forget()
         return returned
 

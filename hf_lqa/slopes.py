@@ -197,15 +197,14 @@ class SlopeMeter:
         return self.beginning.places if self.beginning is not None else []
 
     def begin(self, params: list[Tensor], moved: list[Tensor]) -> None:
-        """Keep the weights that training begins with, unless they are kept already.
+        """Keep the weights that training begins with.
 
         Args:
             params: an optimizer's.
             moved: those of them that the first step moves.
         """
-        if self.beginning is None:
-            place = {p: i for i, p in enumerate(params)}
-            self.beginning = Snapshot(params, [place[moved[i]] for i in observed(moved)])
+        place = {p: i for i, p in enumerate(params)}
+        self.beginning = Snapshot(params, [place[moved[i]] for i in observed(moved)])
 
     def pending(self, wanted: bool) -> list[Tensor]:
         """What `measurement` needs to know, to be read; nothing where it is not `wanted` or there was no step."""
