@@ -244,7 +244,8 @@ class LQA(torch.optim.Optimizer):
             return self._stand(returned)
         if self.rule.step_size is None:
             self._largest_lr = max(self._largest_lr, largest_lr(self.base))
-            self.rule.begin([p.shape for p in params], [p.requires_grad for p in params], growth(self.base))
+            shapes = [p.shape if p.requires_grad else () for p in params]
+            self.rule.begin(shapes, [p.numel() for p in params], growth(self.base))
         probed = None
         if wants_probe:
             step = Step(number, checked, relative_noise(closure, params), self._read)

@@ -71,7 +71,7 @@ def probed(rule, config, state, measured, by_loss=True):
     """The state of the radius after a probe of `rule` that finds these losses."""
     loss, slope, minus, plus = measured
     if rule.step_size is None:
-        rule.begin(SHAPES, [True] * len(SHAPES), 1.0)
+        rule.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
         reach = first_radius(config, loss, slope, rule.prior)
     else:
         reach = radius(config, state, loss, slope, rule.step_size)
@@ -109,7 +109,7 @@ def test_a_step_size_is_never_negative_or_infinite(name, observations):
 @pytest.mark.parametrize("slope", [-1e154, 1e300, 2.5e-162, 1e-300])
 def test_the_ends_of_the_floats_range(begun, agreement, slope):
     rule = Displacement()
-    rule.begin(SHAPES, [True] * len(SHAPES), 1.0)
+    rule.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
     rule.start(begun)
     for _ in range(1000):
         rule.observe(Measurement([slope, -slope, None, slope], agreement, 1.0))
@@ -159,7 +159,7 @@ measurements = st.tuples(st.lists(slopes, max_size=8), agreements, st.floats(0, 
 def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurements):
     rule, reference = build("displacement", {"eta": eta})[0], Reference(shapes, total_steps, eta)
     rule.total_steps = total_steps
-    rule.begin(shapes, [True] * len(shapes), 1.0)
+    rule.begin(shapes, list(map(math.prod, shapes)), 1.0)
     assert rule.prior == pytest.approx(reference.prior, rel=1e-12)
     scale, reach, minimiser = beginning
     if reach is None:

@@ -215,7 +215,7 @@ SHAPES = [(32, 32), (32,), (2, 32)]
 def started(begun=1.0, steps=100, shapes=SHAPES, minimiser=1e9):
     rule = Displacement()
     rule.total_steps = steps
-    rule.begin(shapes, [True] * len(shapes), 1.0)
+    rule.begin(shapes, list(map(math.prod, shapes)), 1.0)
     rule.observe_probe(begun, replace(ACCEPTED, step_size=minimiser), 1e-9, True, False)
     return rule
 
@@ -278,7 +278,7 @@ def test_a_ramp_leads_to_the_base_step_size(steps, length):
 def test_it_begins_with_the_priors_and_has_no_multipliers_where_all_are_1():
     rule = Displacement()
     rule.total_steps = 50
-    rule.begin(SHAPES, [True] * len(SHAPES), 1.0)
+    rule.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
     rule.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0))
     assert rule.prior == base_step_size(SHAPES, 50, PRIOR)
     assert rule.step_size is None and rule.multipliers(4) == [1, 8, 8, 1], "nothing is learned before the first step"
@@ -287,8 +287,8 @@ def test_it_begins_with_the_priors_and_has_no_multipliers_where_all_are_1():
 
 def test_what_is_frozen_has_no_part_in_the_start_and_counts_by_its_size_once_it_is_trained():
     rule, without = Displacement(), Displacement()
-    rule.begin([(9, 9), (90, 90), (2, 9)], [True, False, True], 1.0)
-    without.begin([(9, 9), (2, 9)], [True, True], 1.0)
+    rule.begin([(9, 9), (), (2, 9)], [81, 8100, 18], 1.0)
+    without.begin([(9, 9), (2, 9)], [81, 18], 1.0)
     assert rule.prior == without.prior and rule.multipliers(3) == [1, 1, 8]
     rule.start(1.0)
     rule.observe(Measurement([1.0, -1.0, None], 0.0, 1.0))
@@ -363,7 +363,7 @@ def test_the_paper_probes_every_step_or_as_often_as_it_is_told_and_measures_noth
     rule, rare = Paper(), Paper(PaperConfig(probe_interval=3))
     assert rare.wants_probe(1), "nothing was measured yet"
     for each in (rule, rare):
-        each.begin(SHAPES, [True] * len(SHAPES), 1.0)
+        each.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
         each.observe_probe(1.0, ACCEPTED, 0.25, True, False)
         each.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0))
         assert each.step_size == ACCEPTED.step_size and each.multipliers(3) == [] and each.factor(0) == 1

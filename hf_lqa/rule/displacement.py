@@ -109,17 +109,15 @@ class Displacement:
             self._applied = self.state, found
         return found if any(value != 1 for value in found) else []
 
-    def begin(self, shapes: Sequence[tuple[int, ...]], trained: Sequence[bool], growth: float) -> None:
+    def begin(self, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], growth: float) -> None:
         """Take note of what is to be moved, before anything is measured.
 
         Args:
-            shapes: of each tensor.
-            trained: of each, whether it is trained from the start; the frozen have no part in the start.
+            shapes: of each tensor; ``()`` of one that is frozen, which has no part in the start.
+            sizes: number of elements of each, also of the frozen: they may be trained later.
             growth: how many times a first update later ones become, as momentum builds up.
         """
-        self.sizes = tuple(math.prod(shape) for shape in shapes)
-        self.growth = growth
-        shapes = [shape if own else () for shape, own in zip(shapes, trained, strict=True)]
+        self.sizes, self.growth = tuple(sizes), growth
         self.prior = base_step_size(shapes, self.total_steps, self.config.prior) / growth
         self.state = Multipliers.started(head_multipliers(shapes, self.config.prior))
 

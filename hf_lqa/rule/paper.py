@@ -59,8 +59,7 @@ class Paper:
     def multipliers(self, count: int) -> list[float]:
         return []
 
-    def begin(self, shapes: Sequence[tuple[int, ...]], trained: Sequence[bool], growth: float) -> None:
-        shapes = [shape if own else () for shape, own in zip(shapes, trained, strict=True)]
+    def begin(self, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], growth: float) -> None:
         self.prior = base_step_size(shapes, self.total_steps, PriorConfig())
 
     def start(self, begun: float) -> None:
