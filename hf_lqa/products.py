@@ -37,25 +37,32 @@ def on_accelerator(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
-    """``<left_i, right_i - minus_i>`` of each as one vector, in float32 or better; of tensors that are not sharded."""
-    return _vector([left, right] if minus is None else [left, right, minus], _foreach_products, product)
+def products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """``<left_i, right_i>`` of each as one vector, in float32 or better; of tensors that are not sharded."""
+    return _gathered([left, right], _foreach_products, product, ACCELERATOR_PIECE)
 
 
-def sign_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
-    """The sum over all elements of ``sign(left_i) sign(right_i - minus_i)`` of each, as `products`."""
-    return _vector([left, right, minus], _foreach_sign_products, sign_product)
+def along_moves(gradients: list[Tensor], now: list[Tensor], before: list[Tensor]) -> Tensor:
+    """What `gradients` say of moves ``m_i = now_i - before_i``, as two rows of a column for each.
+
+    The first is ``<gradient_i, m_i>``, the second the sum over all elements of ``sign(gradient_i) sign(m_i)``; both as
+    in `products`. Together, because reading the tensors is what they cost.
+    """
+    # What is observed is a sample of few, so that a share of it is little memory, however large the model is.
+    limit = max(ACCELERATOR_PIECE, math.ceil(_FOREACH_SHARE * sum(t.numel() for t in now)))
+    return _gathered([gradients, now, before], _foreach_along, along_move, limit)
 
 
-def _vector(sides: list[list[Tensor]], together: Callable[..., Tensor], alone: Callable[..., Tensor]) -> Tensor:
-    """What `together` makes of lists of tensors, and `alone` of each of those that foreach operations do not take."""
+def _gathered(
+    sides: list[list[Tensor]], together: Callable[..., Tensor], alone: Callable[..., Tensor], limit: int
+) -> Tensor:
+    """What `together` makes of lists of tensors, and `alone` of each of those that foreach operations do not take.
+
+    The last dimension is that of the tensors. Of `limit` elements at most go together.
+    """
     left, right = sides[:2]
     parts: list[Tensor] = []
     order: list[int] = []
-    # What is observed is a sample of few, so that a share of it is little memory, however large the model is.
-    limit = ACCELERATOR_PIECE
-    if len(sides) > 2:
-        limit = max(limit, math.ceil(_FOREACH_SHARE * sum(t.numel() for t in right)))
     for alike in _together(left, right, limit):
         for run in runs(alike, lambda i: left[i].numel(), limit):
             parts.append(together(*([side[i] for i in run] for side in sides)))
@@ -63,14 +70,14 @@ def _vector(sides: list[list[Tensor]], together: Callable[..., Tensor], alone: C
     if rest := sorted({*range(len(left))} - {*order}):
         single = [alone(*(side[i] for side in sides)) for i in rest]
         device, dtype = single[0].device, torch.promote_types(single[0].dtype, torch.float32)
-        parts.append(torch.stack([value.to(device, dtype) for value in single]))
+        parts.append(torch.stack([value.to(device, dtype) for value in single], dim=-1))
         order += rest
-    vector = parts[0] if len(parts) == 1 else torch.cat(parts)
+    found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     if order == sorted(order):
-        return vector
+        return found
     place = {i: at for at, i in enumerate(order)}
-    shares = vector.unbind()
-    return torch.stack([shares[place[i]] for i in range(len(left))])
+    shares = found.unbind(-1)
+    return torch.stack([shares[place[i]] for i in range(len(left))], dim=-1)
 
 
 def _together(left: list[Tensor], right: list[Tensor], limit: int) -> list[list[int]]:
@@ -82,21 +89,19 @@ def _together(left: list[Tensor], right: list[Tensor], limit: int) -> list[list[
     return [whole, sorted({*fit} - {*whole})]
 
 
-def _foreach_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor] | None = None) -> Tensor:
+def _foreach_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     """`products`, in a number of launches that hardly depends on the number of tensors."""
-    move = _foreach_float(right) if minus is None else _foreach_moves(right, minus)
-    return _foreach_sums(torch._foreach_mul(_foreach_float(left), move))
+    return _foreach_sums(torch._foreach_mul(_foreach_float(left), _foreach_float(right)))
 
 
-def _foreach_sign_products(left: list[Tensor], right: list[Tensor], minus: list[Tensor]) -> Tensor:
-    """`sign_products`, as `_foreach_products`."""
-    signs = torch._foreach_sign(_foreach_moves(right, minus))
-    torch._foreach_mul_(signs, torch._foreach_sign(_foreach_float(left)))
-    return _foreach_sums(signs)
-
-
-def _foreach_moves(right: list[Tensor], minus: list[Tensor]) -> _Tensors:
-    return torch._foreach_sub(_foreach_float(right), _foreach_float(minus))
+def _foreach_along(gradients: list[Tensor], now: list[Tensor], before: list[Tensor]) -> Tensor:
+    """`along_moves`, as `_foreach_products`."""
+    gradients = _foreach_float(gradients)
+    moves = torch._foreach_sub(_foreach_float(now), _foreach_float(before))
+    slopes = _foreach_sums(torch._foreach_mul(gradients, moves))
+    torch._foreach_sign_(moves)
+    torch._foreach_mul_(moves, torch._foreach_sign(gradients))
+    return torch.stack([slopes, _foreach_sums(moves)])
 
 
 def _foreach_float(tensors: list[Tensor]) -> list[Tensor]:
@@ -118,26 +123,34 @@ def _foreach_sums(tensors: _Tensors) -> Tensor:
     return 2 * torch.stack(torch._foreach_norm(above, 1)) - torch.stack(torch._foreach_norm(tensors, 1))
 
 
-def product(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """One of `products`, whatever the tensors are."""
-    tensors = _dense(a, b) if minus is None else _dense(a, b, minus)
+    tensors = _dense(a, b)
     # BLAS needs no temporary for one precision's plain product.
-    temporary = minus is not None or a.dtype in _HALF or not tensors[0].is_contiguous()
-    products = []
-    for a, b, *rest in _pieces(tensors) if temporary else [tensors]:
-        if a.dtype in _HALF:
-            a, b, *rest = (t.float() for t in (a, b, *rest))
-        if rest:
-            b = b - rest[0]
-        products.append(torch.dot(a.reshape(-1), b.reshape(-1)))
+    temporary = a.dtype in _HALF or not tensors[0].is_contiguous()
+    products = [_plain_product(*_floats(piece)) for piece in (_pieces(tensors) if temporary else [tensors])]
     return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
-def sign_product(a: Tensor, b: Tensor, minus: Tensor) -> Tensor:
-    """One of `sign_products`, whatever the tensors are."""
-    # A product of two small half-precision numbers could be 0; one with a sign cannot.
-    signs = ((b - c).mul_(torch.sign(a)).sign_() for a, b, c in _pieces(_dense(a, b, minus)))
-    return torch.stack([s.sum(dtype=torch.float32) for s in signs]).sum()  # a piece at a time
+def along_move(gradient: Tensor, now: Tensor, before: Tensor) -> Tensor:
+    """One column of `along_moves`, whatever the tensors are."""
+    parts = []
+    for piece in _pieces(_dense(gradient, now, before)):
+        a, b, c = _floats(piece)
+        move = b - c
+        slope = _plain_product(a, move)
+        # A product of two small numbers could be 0; one with a sign cannot.
+        parts.append(torch.stack([slope, _plain_product(torch.sign(a), move.sign_())]))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)  # a piece at a time: counts stay exact
+
+
+def _plain_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _floats(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`tensors`, in float32 if the first is of half precision."""
+    return tuple(t.float() for t in tensors) if tensors[0].dtype in _HALF else tensors
 
 
 def _pieces(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .products import on_accelerator, products, sign_products
+from .products import along_moves, on_accelerator, products
 from .rule.records import Measurement
 
 #: Types of most tensors: an attribute that is missing is looked for at length.
@@ -84,7 +84,7 @@ def absolute(tensors: list[Tensor]) -> Tensor:
 
 
 def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
-    """`products`, in which those of tensors that are sharded are summed over the shards.
+    """`products`, in whose last dimension those of tensors that are sharded are summed over the shards.
 
     One collective for all tensors that are sharded alike.
     """
@@ -99,7 +99,8 @@ def _shares(tensors: list[Tensor], products: Tensor) -> Tensor:
         kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
         if len(indices) == len(tensors):
             return DTensor.from_local(products, mesh, kinds, run_check=False).full_tensor()
-        products[indices] = DTensor.from_local(products[indices], mesh, kinds, run_check=False).full_tensor()
+        parts = DTensor.from_local(products[..., indices], mesh, kinds, run_check=False)
+        products[..., indices] = parts.full_tensor()
     return products
 
 
@@ -158,27 +159,21 @@ class Snapshot:
         return [sample(t) if cut else t for t, cut in zip(tensors, self._sampled, strict=True)]
 
     @torch.no_grad()
-    def slopes(self) -> Tensor:
-        """Displacement slopes: ``<gradient, theta - theta_0>`` of each parameter, as gradients and weights are now.
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """Displacement slopes and the sign agreement, as gradients and weights are now.
 
-        1-dim, in units of the loss, equal on all ranks that hold equal values, see `dot`; 0 for a parameter whose
-        gradient is missing. If the gradients were clipped, all are as much smaller.
+        A slope is ``<gradient, theta - theta_0>`` of one parameter, in units of the loss; 0 where its gradient is
+        missing. If the gradients were clipped, all are as much smaller. The sign agreement is the mean over all
+        elements of ``sign(gradient) sign(theta - theta_0)``, in [-1, 1]: negative where the loss falls for most of them
+        if they go on. Each counts alike, however steep it is.
+
+        Returns:
+            A 1-dim tensor of slopes and a 0-dim one, equal on all ranks that hold equal values, see `dot`.
         """
-        gradients, weights = self._gradients(), self._observed(self.params)
-        return _shares(gradients, products(local(gradients), local(weights), local(self.values)))
-
-    @torch.no_grad()
-    def agreement(self) -> Tensor:
-        """Sign agreement: the mean over all elements of ``sign(gradient) sign(theta - theta_0)``, in [-1, 1], 0-dim.
-
-        Negative where the loss falls for most of them if they go on; each counts alike, however steep it is.
-        """
-        gradients = self._gradients()
-        counts = sign_products(local(gradients), local(self._observed(self.params)), local(self.values))
-        return _shares(gradients, counts).sum() / sum(v.numel() for v in self.values)
-
-    def _gradients(self) -> list[Tensor]:
-        return self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])
+        gradients = self._observed([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])
+        found = along_moves(local(gradients), local(self._observed(self.params)), local(self.values))
+        slopes, counts = _shares(gradients, found).unbind()
+        return slopes, counts.sum() / sum(v.numel() for v in self.values)
 
 
 class SlopeMeter:
@@ -210,7 +205,8 @@ class SlopeMeter:
         """What `measurement` needs to know, to be read; nothing where it is not `wanted` or there was no step."""
         if not wanted or self.beginning is None:
             return []
-        return [self.beginning.agreement(), self.beginning.slopes()]
+        slopes, agreement = self.beginning.compare()
+        return [agreement, slopes]
 
     def measurement(self, numbers: list[float], count: int, factor: float) -> Measurement | None:
         """`pending`, read, as a rule takes it; `None` where nothing was.

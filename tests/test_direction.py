@@ -99,10 +99,11 @@ def test_of_a_large_matrix_every_eighth_row_is_observed(piece, accelerator, monk
     layer.grad, head.grad = (torch.arange(float(p.shape[0]))[:, None].expand_as(p) for p in (layer, head))
     # Rows 0, 8, ... 56 of the layer; words 0, 8, 8 and 96, once each as they occur.
     expected = [512 * sum(range(0, 64, 8)), 4096 * sum(range(6)), 0, 200 * 4]
-    assert snapshot.slopes().tolist() == expected
+    found, agreement = snapshot.compare()
+    assert found.tolist() == expected
     # Of 7 of the 8 rows the gradient is not 0, of 5 of 6, and of 3 of 13 words.
     elements = 8 * 512 + 6 * 4096 + 2**15 + 13 * 200
-    assert float(snapshot.agreement()) == pytest.approx((7 * 512 + 5 * 4096 + 3 * 200) / elements)
+    assert float(agreement) == pytest.approx((7 * 512 + 5 * 4096 + 3 * 200) / elements)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
@@ -117,7 +118,7 @@ def test_in_the_sign_agreement_each_element_counts_alike_however_small(dtype, ac
     with torch.no_grad():
         weights[0].add_(torch.tensor(moves, dtype=dtype))
     # Two products above zero, one below, one that did not move, two without a gradient.
-    assert float(snapshot.agreement()) == pytest.approx((2 - 1) / 6)
+    assert float(snapshot.compare()[1]) == pytest.approx((2 - 1) / 6)
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
@@ -194,9 +195,9 @@ def test_a_small_move_between_large_weights_keeps_its_sign_and_size():
         weights[0].sub_(1e-5)
     move = weights[0].detach()[0].double() - 3
     weights[0].grad = torch.ones_like(weights[0])
-    assert float(snapshot.slopes()) == pytest.approx(float(move) * 200_000, rel=1e-5)
+    assert float(snapshot.compare()[0]) == pytest.approx(float(move) * 200_000, rel=1e-5)
     weights[0].grad = None
-    assert float(snapshot.slopes()) == 0
+    assert float(snapshot.compare()[0]) == 0
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
@@ -209,17 +210,17 @@ def test_products_of_half_precision_are_summed_in_single(dtype, accelerator, mon
     assert total.dtype is torch.float32 and float(total) == 140_000
 
 
-def test_foreach_operations_find_the_same_products(monkeypatch):
+def test_foreach_operations_find_the_same_slopes(monkeypatch):
     left, right, minus = ([torch.randn(n, 7) for n in (3, 1, 900, 50)] for _ in range(3))
     terms = [a.double() * (b.double() - c.double()) for a, b, c in zip(left, right, minus, strict=True)]
     as_on_an_accelerator(monkeypatch)
-    for found, exact in zip(products.products(left, right, minus), terms, strict=True):
+    for found, exact in zip(products.along_moves(left, right, minus)[0], terms, strict=True):
         # The 1-norm of a CPU is summed one by one.
         assert float(found) == pytest.approx(float(exact.sum()), abs=3e-6 * float(exact.abs().sum()))
     left[2][5, 5] = float("inf")
-    assert not torch.isfinite(products.products(left, right, minus)[2])
+    assert not torch.isfinite(products.along_moves(left, right, minus)[0, 2])
     left[2][5, 5] = float("nan")
-    assert not torch.isfinite(products.products(left, right, minus)[2])
+    assert not torch.isfinite(products.along_moves(left, right, minus)[0, 2])
 
 
 def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch):
@@ -231,7 +232,7 @@ def test_a_snapshot_that_was_cut_on_another_kind_of_device_stays_cut(monkeypatch
     for p in params:
         p.grad = torch.ones_like(p)
         p.data += 1
-    assert snapshot.slopes().tolist() == [8 * 512, 5]
+    assert snapshot.compare()[0].tolist() == [8 * 512, 5]
 
 
 @pytest.mark.parametrize("layers", [1, 8, 50])

@@ -217,25 +217,18 @@ def test_launches_of_a_measured_step_do_not_grow_with_the_depth():
     assert counts[1] <= counts[0] + 10, counts
 
 
-def test_products_at_once_are_those_of_one_after_the_other():
-    left, right, minus = ([torch.randn(n, 700, device="cuda") for n in (3, 1, 900, 7000)] for _ in range(3))
-    together = products.products(left, right, minus)
-    for i, found in enumerate(together):
-        terms = left[i].double() * (right[i].double() - minus[i].double())
-        assert float(found) == pytest.approx(float(terms.sum()), abs=1e-6 * float(terms.abs().sum()))
-        assert float(products.product(left[i], right[i], minus[i])) == pytest.approx(float(found), rel=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_of_signs_at_once_are_those_of_one_after_the_other(dtype):
-    left, right, minus = ([torch.randn(n, 700, device="cuda").to(dtype) for n in (3, 1, 900, 7000)] for _ in range(3))
-    expected = [
-        float((torch.sign(a) * torch.sign(b - c)).sum(dtype=torch.float64))
-        for a, b, c in zip(left, right, minus, strict=True)
-    ]
-    assert products.sign_products(left, right, minus).tolist() == expected
-    alone = [products.sign_product(*three) for three in zip(left, right, minus, strict=True)]
-    assert [float(found) for found in alone] == expected
+def test_what_gradients_say_of_moves_at_once_is_what_they_say_one_after_the_other(dtype):
+    sides = [[torch.randn(n, 700, device="cuda").to(dtype) for n in (3, 1, 900, 7000)] for _ in range(3)]
+    together = products.along_moves(*sides)
+    for i, (gradient, now, before) in enumerate(zip(*sides, strict=True)):
+        move = now.double() - before.double()
+        terms = gradient.double() * move
+        assert float(together[0, i]) == pytest.approx(float(terms.sum()), abs=1e-6 * float(terms.abs().sum()))
+        signs = float((torch.sign(gradient) * torch.sign(move)).sum(dtype=torch.float64))
+        slope, alone = products.along_move(gradient, now, before).tolist()
+        assert slope == pytest.approx(float(together[0, i]), rel=1e-3)
+        assert float(together[1, i]) == alone == signs
 
 
 def test_different_rates_launch_the_base_once_for_each():
