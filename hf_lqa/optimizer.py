@@ -254,7 +254,7 @@ class LQA(torch.optim.Optimizer):
             if probed is not None and not math.isfinite(probed.slope):
                 return self._skip(returned)
         factor = self.rule.factor(number) * multiplier / self._largest_lr
-        measured = self._meter.measurement(numbers[len(checks) :], len(params), factor)
+        measured = self._meter.measurement(numbers[len(checks) :], len(params), factor, number)
         if measured is not None:
             self.last_measurement = measured
             self.rule.observe(measured)

@@ -208,15 +208,16 @@ class SlopeMeter:
         slopes, agreement = self.beginning.compare()
         return [agreement, slopes]
 
-    def measurement(self, numbers: list[float], count: int, factor: float) -> Measurement | None:
+    def measurement(self, numbers: list[float], count: int, factor: float, step: int) -> Measurement | None:
         """`pending`, read, as a rule takes it; `None` where nothing was.
 
         Args:
             numbers: what was read.
             count: of the optimizer's parameters.
             factor: what multiplies the base step size in this step.
+            step: its number, from 0.
         """
         if not numbers:
             return None
         at = dict(zip(self.places, numbers[1:], strict=True))
-        return Measurement([at.get(i) for i in range(count)], numbers[0], factor)
+        return Measurement([at.get(i) for i in range(count)], numbers[0], factor, step)

@@ -58,7 +58,7 @@ class Reference:
             self.first.append(8.0 if fast else 1.0)
 
         self.base = self.most = None
-        self.agreement = 0.0
+        self.agreement, self.agreements = 0.0, 0
         self.drift = [0.0] * len(shapes)
         self.mean_squares = [0.0] * len(shapes)
         self.measurements = 0
@@ -74,7 +74,7 @@ class Reference:
             self.most = minimiser
 
     def ramp(self, step):
-        length = round(0.06 * self.total_steps)
+        length = round(0.03 * self.total_steps)
         return (step + 1) / length if step + 1 < length else 1.0
 
     def measures(self, step):
@@ -87,17 +87,19 @@ class Reference:
         self.next += self.distance
         return True
 
-    def observe(self, slopes, agreement, factor):
-        weight = (factor if factor < 1 else 1.0) / math.sqrt(self.measurements + 4)
+    def observe(self, slopes, agreement, factor, step):
+        shrunk = factor if factor < 1 else 1.0
 
-        # The base step size, by the sign agreement of late.
-        if math.isfinite(agreement):
+        # The base step size, by the sign agreement of late, once a whole step was made.
+        if math.isfinite(agreement) and step >= round(0.03 * self.total_steps):
             self.agreement = 0.8 * self.agreement + 0.2 * agreement
-            self.base *= math.exp(-4 * weight * self.agreement)
+            self.base *= math.exp(-4 * (shrunk / math.sqrt(self.agreements + 4)) * self.agreement)
+            self.agreements += 1
             if self.base > self.most:
                 self.base = self.most
 
         # Each tensor whose slope is known, by the slope in units of its own size.
+        weight = shrunk / math.sqrt(self.measurements + 4)
         self.measurements += 1
         for place, slope in enumerate(slopes):
             if place >= len(self.sizes) or slope is None or not math.isfinite(slope * slope) or slope == 0:

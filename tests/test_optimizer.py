@@ -207,7 +207,7 @@ def test_without_a_closure_shapes_say_how_far_a_step_moves_an_element(base, scal
     ramp = optimizer.step_size / optimizer.base_step_size
     moved = torch.cat([(p.detach() - old).flatten() for p, old in zip(model.parameters(), before, strict=True)])
     assert float(moved.square().sum() / moved.abs().sum()) == pytest.approx(ramp * prior, rel=0.01)
-    assert ramp == pytest.approx(1 / 12), "6 % of the run"
+    assert ramp == pytest.approx(1 / 6), "3 % of the run"
     assert optimizer.last_probe is None and optimizer.counts["probe_forwards"] == 0
 
 

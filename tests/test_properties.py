@@ -97,7 +97,7 @@ def test_a_step_size_is_never_negative_or_infinite(name, observations):
             state = probed(rule, config, state, measured, by_loss)
         before = rule.step_size
         if rule.wants_measurement(step):
-            rule.observe(Measurement([along, *measured], agreement, 1.0))
+            rule.observe(Measurement([along, *measured], agreement, 1.0, 99))
         assert rule.step_size is None or (math.isfinite(rule.step_size) and rule.step_size > 0), observations
         assert math.isfinite(agreement) or rule.step_size == before
         assert all(1 / 4 - 1e-9 < multiplier < 8 * 4 + 1e-9 for multiplier in rule.multipliers(5))
@@ -112,7 +112,7 @@ def test_the_ends_of_the_floats_range(begun, agreement, slope):
     rule.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
     rule.start(begun)
     for _ in range(1000):
-        rule.observe(Measurement([slope, -slope, None, slope], agreement, 1.0))
+        rule.observe(Measurement([slope, -slope, None, slope], agreement, 1.0, 99))
         assert 0 < rule.step_size < math.inf
     assert all(0 < multiplier < 33 for multiplier in rule.multipliers(4))
 
@@ -134,7 +134,7 @@ def test_a_rule_survives_its_state_dict(name, observations, stop):
             after = [probed(rule, config, state, measured) for rule in (straight, resumed)]
             state = after[0]
         for rule in (straight, resumed):
-            rule.observe(Measurement([slope, -slope, None, slope * agreement], agreement, 0.5))
+            rule.observe(Measurement([slope, -slope, None, slope * agreement], agreement, 0.5, 99))
         assert straight.step_size == resumed.step_size
         assert straight.multipliers(5) == resumed.multipliers(5)
     assert straight.state_dict() == resumed.state_dict()
@@ -177,11 +177,11 @@ def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurem
             assert not rule.wants_measurement(step)
             step += 1
         assert rule.wants_measurement(step)
-        step += 1
         # An empty tensor has no slope.
         measured = [None if 0 in shape else slope for slope, shape in zip(measured, shapes + 8 * [()], strict=False)]
-        rule.observe(Measurement(measured, agreement, factor))
-        reference.observe(measured, agreement, factor)
+        rule.observe(Measurement(measured, agreement, factor, step))
+        reference.observe(measured, agreement, factor, step)
+        step += 1
         assert rule.step_size == pytest.approx(reference.base, rel=1e-12)
         found = rule.multipliers(len(shapes)) or [1.0] * len(shapes)
         assert found == pytest.approx(reference.multipliers(), rel=1e-12)

@@ -10,7 +10,7 @@ import torch
 
 from hf_lqa import LQA, Fit, Verdict
 from hf_lqa.rule import Displacement, DisplacementConfig, Measurement, Paper, PaperConfig, build
-from hf_lqa.rule.agreement import averaged, moved
+from hf_lqa.rule.agreement import Agreement, averaged, moved
 from hf_lqa.rule.multipliers import MultiplierConfig, Multipliers, rounded, updated
 from hf_lqa.rule.prior import PriorConfig, base_step_size, head_multipliers, typical_size
 from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
@@ -157,12 +157,12 @@ def test_the_base_step_size_follows_the_sign_agreement_of_late():
 
 
 def test_one_batchs_agreement_is_a_part_of_that_of_late():
-    assert averaged(0.5, -0.5, 0.75) == 0.25
-    mean = 0.0
+    assert averaged(Agreement(0.5, 3), -0.5, 0.75) == Agreement(0.25, 4)
+    late = Agreement()
     for _ in range(100):
-        mean = averaged(mean, -0.3, MEMORY)
-        assert -0.3 <= mean < 0
-    assert mean == pytest.approx(-0.3)
+        late = averaged(late, -0.3, MEMORY)
+        assert -0.3 <= late.mean < 0
+    assert late == Agreement(pytest.approx(-0.3), 100)
 
 
 def test_a_radius_is_where_the_loss_changes_by_a_share():
@@ -247,17 +247,17 @@ def test_it_grows_as_far_as_the_first_minimiser_and_comes_back_from_there(minimi
     rule = started(minimiser=minimiser)
     rule.observe_probe(1.0, replace(ACCEPTED, step_size=9.0), 1.0, True, False)
     for _ in range(3):
-        rule.observe(Measurement([-1.0, 1.0, 1.0], -0.9, 1.0))
+        rule.observe(Measurement([-1.0, 1.0, 1.0], -0.9, 1.0, 99))
         assert rule.step_size == pytest.approx(most)
-    mean = rule.agreement
-    rule.observe(Measurement([-1.0, 1.0, 1.0], math.nan, 1.0))
-    assert (rule.agreement, rule.step_size) == (mean, most)
+    late = rule.agreement
+    rule.observe(Measurement([-1.0, 1.0, 1.0], math.nan, 1.0, 99))
+    assert (rule.agreement, rule.step_size) == (late, most)
     for _ in range(9):
-        rule.observe(Measurement([-1.0, 1.0, 1.0], 0.9, 1.0))
-    assert rule.step_size < most and rule.agreement > 0.5
+        rule.observe(Measurement([-1.0, 1.0, 1.0], 0.9, 1.0, 99))
+    assert rule.step_size < most and rule.agreement.mean > 0.5
     unprobed = Displacement()
     unprobed.start(3.0)
-    unprobed.observe(Measurement([], -0.9, 1.0))
+    unprobed.observe(Measurement([], -0.9, 1.0, 99))
     assert unprobed.step_size == 3, "without a probe, it does not grow"
 
 
@@ -268,18 +268,28 @@ def test_probes_are_rare_and_measurements_fade():
     assert [step for step in range(161) if rule.wants_measurement(step)] == expected
 
 
-@pytest.mark.parametrize("steps, length", [(100, 6), (1000, 60), (None, 60), (20, 1), (1, 1)])
+@pytest.mark.parametrize("steps, length", [(100, 3), (1000, 30), (None, 30), (40, 1), (1, 1)])
 def test_a_ramp_leads_to_the_base_step_size(steps, length):
     rule = started(steps=steps)
     found = [rule.factor(step) for step in range(length + 2)]
     assert found == pytest.approx([(step + 1) / length for step in range(length)] + [1, 1])
 
 
+def test_the_base_step_size_follows_agreement_from_the_first_whole_step_on():
+    rule = started(minimiser=9.0, steps=200)
+    for step in range(1, 6):
+        rule.observe(Measurement([-1.0, 1.0, 1.0], -0.9, 1.0, step))
+    assert (rule.step_size, rule.agreement, rule.state.count) == (1.0, Agreement(), 5), "step 5 is the first"
+    rule.observe(Measurement([-1.0, 1.0, 1.0], -0.9, 0.5, 6))
+    first = math.exp(4 * 0.2 * 0.9 * 0.5 / math.sqrt(4))
+    assert (rule.step_size, rule.agreement.count) == (pytest.approx(first), 1), "it counts as the first"
+
+
 def test_it_begins_with_the_priors_and_has_no_multipliers_where_all_are_1():
     rule = Displacement()
     rule.total_steps = 50
     rule.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
-    rule.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0))
+    rule.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0, 99))
     assert rule.prior == base_step_size(SHAPES, 50, PRIOR)
     assert rule.step_size is None and rule.multipliers(4) == [1, 8, 8, 1], "nothing is learned before the first step"
     assert started(shapes=SHAPES[:2]).multipliers(2) == []
@@ -291,7 +301,7 @@ def test_what_is_frozen_has_no_part_in_the_start_and_counts_by_its_size_once_it_
     without.begin([(9, 9), (2, 9)], [81, 18], 1.0)
     assert rule.prior == without.prior and rule.multipliers(3) == [1, 1, 8]
     rule.start(1.0)
-    rule.observe(Measurement([1.0, -1.0, None], 0.0, 1.0))
+    rule.observe(Measurement([1.0, -1.0, None], 0.0, 1.0, 99))
     squares = [math.exp(2 * drift) for drift in rule.state.drift[:2]]
     assert (9 * squares[0] + 90 * squares[1]) / 99 == pytest.approx(1)
 
@@ -302,7 +312,7 @@ def test_measurements_count_less_and_less_and_as_much_as_the_step_is_long():
     for _ in range(13):
         before = math.log(rule.step_size)
         for each, factor in ((rule, 1.0), (half, 0.5), (more, 3.0)):
-            each.observe(Measurement([-1.0, 1.0, 1.0], -0.1, factor))
+            each.observe(Measurement([-1.0, 1.0, 1.0], -0.1, factor, 99))
         if not moves:
             assert rule.state.drift[1] < half.state.drift[1] < 0
         moves.append(math.log(rule.step_size) - before)
@@ -316,7 +326,7 @@ def test_measurements_are_of_the_way_that_training_has_come():
     """Slopes along it of each parameter, and signs over all elements, of the gradients as the loop clipped them."""
     params = [torch.nn.Parameter(torch.randn(4).double()), torch.nn.Parameter(torch.randn(3, 2).double())]
     unused = torch.nn.Parameter(torch.ones(3))
-    optimizer = LQA(torch.optim.AdamW([*params[:1], unused, *params[1:]], lr=1.0), total_steps=100)
+    optimizer = LQA(torch.optim.AdamW([*params[:1], unused, *params[1:]], lr=1.0), total_steps=200)
     beginning = [p.detach().clone() for p in params]
     for step in range(5):
         optimizer.zero_grad()
@@ -334,6 +344,7 @@ def test_measurements_are_of_the_way_that_training_has_come():
         assert found.slopes == pytest.approx([slopes[0], None, slopes[1]])
         assert found.agreement == pytest.approx(float(signs.mean()))
         assert found.factor == pytest.approx((step + 1) / 6 * (1 - step / 10)), "ramp and schedule"
+        assert found.step == step
 
 
 def test_the_papers_step_is_each_batchs_minimiser_or_the_last():
@@ -365,7 +376,7 @@ def test_the_paper_probes_every_step_or_as_often_as_it_is_told_and_measures_noth
     for each in (rule, rare):
         each.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
         each.observe_probe(1.0, ACCEPTED, 0.25, True, False)
-        each.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0))
+        each.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0, 99))
         assert each.step_size == ACCEPTED.step_size and each.multipliers(3) == [] and each.factor(0) == 1
         assert not any(map(each.wants_measurement, range(100)))
     assert all(map(rule.wants_probe, range(9)))

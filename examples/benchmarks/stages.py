@@ -23,7 +23,7 @@ SEEDS_OF_PAPER, FRESH_SEEDS_OF_PAPER = list(range(10)), list(range(10, 20))
 CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "probe_interval=50", "probe_interval=200"]
 CHANGES += ["length=0.28", "length=1.12", "decay=0.15", "decay=0.6", "head=4", "head=16", "memory=0.6", "memory=0.9"]
 CHANGES += ["bound=1.4142", "bound=4", "clip=1", "clip=4", "gain=2", "gain=8", "fading=2", "fading=8"]
-CHANGES += ["ramp=0.03", "ramp=0.12", "dense=8", "dense=32", "to_a_doubling=1", "to_a_doubling=4", "tau=0.0303"]
+CHANGES += ["ramp=0.015", "ramp=0.06", "dense=8", "dense=32", "to_a_doubling=1", "to_a_doubling=4", "tau=0.0303"]
 
 TEXTS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8")
 PAPER = tasks.named(tasks.PAPER)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 
-def averaged(mean: float, agreement: float, memory: float) -> float:
+@dataclass(frozen=True)
+class Agreement:
+    """What is known of the sign agreement.
+
+    Attributes:
+        mean: the decaying mean.
+        count: measurements in it.
+    """
+
+    mean: float = 0.0
+    count: int = 0
+
+
+def averaged(state: Agreement, agreement: float, memory: float) -> Agreement:
     """The decaying mean of sign agreements after one more: ``memory mean + (1 - memory) a``, from 0.
 
     It is not corrected for that start: the first ones are of few steps, and would count many times.
     """
-    return memory * mean + (1 - memory) * agreement
+    return Agreement(memory * state.mean + (1 - memory) * agreement, state.count + 1)
 
 
 def moved(step_size: float, mean: float, weight: float, gain: float) -> float:

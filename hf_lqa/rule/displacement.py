@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from ..quadratic import Fit, Verdict
-from .agreement import averaged, moved
+from .agreement import Agreement, averaged, moved
 from .multipliers import MultiplierConfig, Multipliers, rounded, updated
 from .prior import PriorConfig, base_step_size, head_multipliers
 from .records import Measurement, require_interval
@@ -30,7 +30,7 @@ class DisplacementConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     multipliers: MultiplierConfig = field(default_factory=MultiplierConfig)
     probe_interval: int = 100
-    ramp: float = 0.06
+    ramp: float = 0.03
     gain: float = 4.0
     memory: float = 0.8
     dense: int = 16
@@ -47,10 +47,11 @@ class Displacement:
         base = max(P sum|d| / sum d², min(radius, minimiser)) / growth          P: see `base_step_size`
 
     with the direction's elements ``d``: ``sum d² / sum|d|`` is their size, to which those that hardly move add little.
-    `growth` is that of later updates by momentum. A ramp leads to the base step size. Each later measurement number
-    ``k``, from 0, moves it by the sign agreement of late (`moved`) and turns steps by per-tensor multipliers
-    (`updated`), with weight ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every
-    `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size may grow by:
+    `growth` is that of later updates by momentum. A ramp leads to the base step size. Each measurement turns steps by
+    per-tensor multipliers (`updated`). After the ramp it also moves the base step size by the sign agreement of late
+    (`moved`): before, steps are short because the ramp makes them so. Number ``k`` of either, from 0, has the weight
+    ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every `probe_interval` steps are
+    measurements, on which nothing depends. The first is what the base step size may grow by:
     it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far ahead. Without a
     minimiser above the start, or without a first probe, it does not grow.
 
@@ -76,8 +77,8 @@ class Displacement:
     #: How many times a first update the later ones become.
     growth: float = field(default=1.0, init=False)
     state: Multipliers = field(default_factory=Multipliers, init=False)
-    #: Of sign agreements, the decaying mean.
-    agreement: float = field(default=0.0, init=False)
+    #: Of signs, since the ramp.
+    agreement: Agreement = field(default=Agreement(), init=False)
     sizes: tuple[int, ...] = field(default=(), init=False)
     # The multipliers that were applied last, and of which state they are.
     _applied: tuple[Multipliers | None, list[float]] = field(default=(None, []), init=False, repr=False, compare=False)
@@ -149,21 +150,25 @@ class Displacement:
         """Take what a step, `wants_measurement`, said of the way that training has come."""
         if self.step_size is None:
             return
-        # Moves fade as evidence accumulates, and as the schedule shrinks the steps.
-        weight = min(measurement.factor, 1.0) / math.sqrt(self.state.count + self.config.fading)
-        memory = self.config.memory
-        if math.isfinite(measurement.agreement):
-            self.agreement = averaged(self.agreement, measurement.agreement, memory)
-            self.step_size = min(moved(self.step_size, self.agreement, weight, self.config.gain), self.ceiling)
-        self.state = updated(self.state, measurement.slopes, self.sizes, weight, memory, self.config.multipliers)
+        config = self.config
+        if math.isfinite(measurement.agreement) and self.factor(measurement.step - 1) == 1:
+            weight = self._weight(measurement.factor, self.agreement.count)
+            self.agreement = averaged(self.agreement, measurement.agreement, config.memory)
+            self.step_size = min(moved(self.step_size, self.agreement.mean, weight, config.gain), self.ceiling)
+        weight = self._weight(measurement.factor, self.state.count)
+        self.state = updated(self.state, measurement.slopes, self.sizes, weight, config.memory, config.multipliers)
+
+    def _weight(self, factor: float, count: int) -> float:
+        """Moves fade as evidence accumulates, and as the schedule shrinks the steps."""
+        return min(factor, 1.0) / math.sqrt(count + self.config.fading)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes in training, in a form that JSON can hold."""
         kept = {"step_size": self.step_size, "ceiling": self.ceiling, "sizes": list(self.sizes)}
-        return {**kept, "agreement": self.agreement, "multipliers": asdict(self.state)}
+        return {**kept, "agreement": asdict(self.agreement), "multipliers": asdict(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step_size, self.ceiling, self.sizes = state["step_size"], state["ceiling"], tuple(state["sizes"])
-        self.agreement = state["agreement"]
+        self.agreement = Agreement(**state["agreement"])
         kept = state["multipliers"]
         self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])

@@ -33,11 +33,13 @@ class Measurement:
         agreement: the sign agreement, the mean of ``sign(gradient) sign(theta - theta_0)`` over all elements that are
             observed, in [-1, 1]. Negative where most of them would go further the way they have come.
         factor: what multiplies the base step size in this step, ramp and schedule, ``>= 0``.
+        step: number of the step, from 0.
     """
 
     slopes: Sequence[float | None]
     agreement: float
     factor: float
+    step: int
 
 
 def weights_of(sizes: Sequence[int]) -> list[float]:
