@@ -37,20 +37,22 @@ class GradientChecks:
 
     Attributes:
         watch: what gradients were at the end of the backward pass.
-        told_norm_is_whole: whether a norm that is told is that of all gradients, which are then not looked at again.
     """
 
     def __init__(self, params: list[Tensor]):
         self.watch = GradientWatch(params)
-        self.told_norm_is_whole = False
-        self._told: tuple[Tensor | float, float] | None = None
+        self._told: tuple[Tensor | float, float, bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_told": None}
 
-    def tell(self, grad_norm: Tensor | float, max_norm: float) -> None:
-        """The gradients had the norm `grad_norm` and were then clipped to `max_norm`."""
-        self._told = grad_norm, max_norm
+    def tell(self, grad_norm: Tensor | float, max_norm: float, whole: bool) -> None:
+        """The gradients had the norm `grad_norm`, and were then clipped to `max_norm`.
+
+        Args:
+            whole: whether the norm is that of all gradients, which are then not looked at again.
+        """
+        self._told = grad_norm, max_norm, whole
         self.watch.stop()
 
     def pending(self, params: list[Tensor], probe: bool) -> list[Tensor | float]:
@@ -60,7 +62,7 @@ class GradientChecks:
             probe: whether it matters for a probe what was done to them.
         """
         norm = self._told[0] if self._told is not None else 0.0
-        if self._told is not None and self.told_norm_is_whole:
+        if self._told is not None and self._told[2]:
             return [norm]
         return [norm, self.watch.change if probe else 0.0, total(params)]
 

@@ -66,7 +66,7 @@ class Caller:
             warnings.warn(
                 "step(closure): no parameter of the optimizer has a gradient, so nothing moves. Call loss.backward()"
                 " before step(), or in the closure",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def ask(

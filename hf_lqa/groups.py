@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,26 @@ ELEMENTWISE = tuple(
 )
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+def check_base(base: torch.optim.Optimizer) -> None:
+    """Warn if the rate of `base` looks like one.
+
+    Raises:
+        ValueError: it is none that `LQA` can step.
+    """
+    if isinstance(base, torch.optim.LBFGS):
+        raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
+    if not any(group["params"] for group in base.param_groups):
+        raise ValueError("base has no parameters: every parameter of the model is frozen (requires_grad=False)")
+    if any("lr" not in group for group in base.param_groups):
+        raise ValueError(f"base={type(base).__name__}: its param groups have no 'lr', which LQA sets")
+    if max(float(group["lr"]) for group in base.param_groups) < 0.1:
+        warnings.warn(
+            f"The base optimizer's lr is {float(base.param_groups[0]['lr'])}. Under LQA it multiplies the step size"
+            " that was measured: construct the base optimizer with lr=1.0 unless that is what you want.",
+            stacklevel=3,
+        )
 
 
 def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:

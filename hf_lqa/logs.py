@@ -122,7 +122,7 @@ class Announcement(TrainerCallback):
         if lqa is None:
             return
         self._trainer._lqa_lines.begin(lqa, state)
-        self._begun, self._probed = time.perf_counter(), lqa.prober.seconds
+        self._begun, self._probed = time.perf_counter(), lqa.measurer.prober.seconds
         self._before = self._skipped = lqa.counts["skipped"]
         if state.is_world_process_zero:
             print(
@@ -152,7 +152,7 @@ class Announcement(TrainerCallback):
         lqa: LQA | None = self._trainer.lqa
         if lqa is None or not state.is_world_process_zero:
             return
-        share = (lqa.prober.seconds - self._probed) / max(time.perf_counter() - self._begun, 1e-9)
+        share = (lqa.measurer.prober.seconds - self._probed) / max(time.perf_counter() - self._begun, 1e-9)
         rates = f"learning rates from {self._least:.2g} to {self._most:.2g}" if self._most else "no step was taken"
         skipped = lqa.counts["skipped"] - self._before
         without = f" {skipped} steps were skipped, whose gradients were not finite." if skipped else ""

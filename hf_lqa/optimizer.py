@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from numbers import Integral
@@ -15,14 +12,11 @@ from torch import Tensor
 
 from . import verification
 from .checkpoint import ProbeRecord, packed, take_snapshot, unpacked
-from .checks import GradientChecks
-from .closures import Caller, relative_noise
-from .groups import Division, growth, largest_lr, rescaled, with_gradient
-from .prober import Prober, Step
+from .groups import Division, check_base, largest_lr, rescaled, with_gradient
+from .measurer import Findings, Measurer, params_of
 from .quadratic import Verdict
 from .rule import Measurement, Rule, build
 from .rule.records import require
-from .slopes import SlopeMeter, flat, mean_over_ranks
 
 
 def lqa_inside(optimizer: Any) -> LQA | None:
@@ -30,22 +24,6 @@ def lqa_inside(optimizer: Any) -> LQA | None:
     while optimizer is not None and not isinstance(optimizer, LQA):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
-
-
-def _check_base(base: torch.optim.Optimizer) -> None:
-    """Raise a `ValueError` if `base` is none that `LQA` can step, and warn if its rate looks like one."""
-    if isinstance(base, torch.optim.LBFGS):
-        raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
-    if not any(group["params"] for group in base.param_groups):
-        raise ValueError("base has no parameters: every parameter of the model is frozen (requires_grad=False)")
-    if any("lr" not in group for group in base.param_groups):
-        raise ValueError(f"base={type(base).__name__}: its param groups have no 'lr', which LQA sets")
-    if max(float(group["lr"]) for group in base.param_groups) < 0.1:
-        warnings.warn(
-            f"The base optimizer's lr is {float(base.param_groups[0]['lr'])}. Under LQA it multiplies the step size"
-            " that was measured: construct the base optimizer with lr=1.0 unless that is what you want.",
-            stacklevel=3,
-        )
 
 
 class LQA(torch.optim.Optimizer):
@@ -97,7 +75,7 @@ class LQA(torch.optim.Optimizer):
         total_steps: int | None = None,
         **options: Any,
     ):
-        _check_base(base)
+        check_base(base)
         self.base = base
         self.rule: Rule
         self.rule, radius = build(rule, options)
@@ -109,12 +87,7 @@ class LQA(torch.optim.Optimizer):
         self.counts: dict[str, int] = dict.fromkeys(
             ["steps", "skipped", "probe_forwards", "searched", *verification.COUNTS, *(v.value for v in Verdict)], 0
         )
-        #: Mean of a scalar over the data-parallel ranks; every decision is made on its results.
-        self.reduce: Callable[[Tensor], Tensor] = mean_over_ranks
-        self.checks = GradientChecks(self._params)
-        self.prober = Prober(radius, self.rule, self.checks.watch, self.counts)
-        self._meter = SlopeMeter()
-        self._caller = Caller()
+        self.measurer = Measurer(params_of(base), radius, self.rule, self.counts)
         self._division = Division()
         self._largest_lr = max(1.0, largest_lr(base))
         #: The closure of the next step, see `arm`.
@@ -163,11 +136,6 @@ class LQA(torch.optim.Optimizer):
         self.rule.total_steps = int(total_steps)
 
     @property
-    def _params(self) -> list[Tensor]:
-        """Of all param groups, in their order: what places count."""
-        return [p for group in self.param_groups for p in group["params"]]
-
-    @property
     def base_step_size(self) -> float | None:
         """The step size before schedule, ramp and multipliers; `None` until the first step is measured."""
         return self.rule.step_size
@@ -191,13 +159,16 @@ class LQA(torch.optim.Optimizer):
         """Provide the closure of the next `step`, for loops that call it without (`None`: take it back)."""
         self.armed = closure
 
-    def observe_clipping(self, grad_norm: Tensor | float, max_norm: float) -> None:
+    def observe_clipping(self, grad_norm: Tensor | float, max_norm: float, whole: bool = False) -> None:
         """Tell the next `step` that its gradients had the norm `grad_norm` and were then clipped to `max_norm`.
 
         With it a probe's slope is that of the loss, not of the clipped gradients. Without it what clipping does is
         found by comparing gradients with what they were at the end of the backward pass, which costs a little more.
+
+        Args:
+            whole: whether the norm is that of all gradients, which are then not looked at again.
         """
-        self.checks.tell(grad_norm, max_norm)
+        self.measurer.checks.tell(grad_norm, max_norm, whole)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -221,84 +192,45 @@ class LQA(torch.optim.Optimizer):
         Raises:
             ValueError: no closure, and the rule cannot begin without; or a closure that cannot be called.
         """
-        closure = closure if closure is not None else self.armed
-        given = closure is not None
-        multiplier = max(float(group["lr"]) for group in self.param_groups)
-        # Checkpoints of sharded optimizers make one step at rate 0, to have a state to load into.
-        wants_probe = self.wants_probe and multiplier > 0
-        returned, closure, asked = self._caller.ask(closure, self._params, wants_probe)
-        self.checks.watch.close()
-        params, number = self._params, self.counts["steps"]
-        if all(p.grad is None for p in params):
-            self._caller.warn_of_no_gradient(given)
-            return self._stand(returned)
         # Everything is measured first and decided afterwards, so that a closure that raises has changed nothing.
-        checks = self.checks.pending(params, wants_probe)
-        slopes = self._meter.pending(multiplier > 0 and self.rule.wants_measurement(number))
-        numbers = self._read(*checks, *slopes)
-        checked = self.checks.found(numbers[: len(checks)])
-        if not checked.finite:
-            return self._skip(returned, counted=multiplier > 0)
-        if multiplier <= 0:
+        multiplier = max(float(group["lr"]) for group in self.param_groups)
+        factor = self.rule.factor(self.counts["steps"]) * multiplier / self._largest_lr
+        found = self.measurer.measure(self.base, closure if closure is not None else self.armed, multiplier, factor)
+        if not found.finite:
+            self.counts["skipped"] += 1
+            self.counts["steps"] += multiplier > 0
+        elif multiplier <= 0 or not found.moves:
             # A scheduler's warm-up starts at 0: the base sees the gradient, nothing moves, nothing is measured.
-            return self._stand(returned)
+            self.base.step()
+            self.step_size = 0.0
+        else:
+            self._update(found)
+            self._advance(multiplier)
+        self.armed = None
+        self.measurer.open(params_of(self.base), self.wants_probe)
+        return found.returned
+
+    def _update(self, found: Findings) -> None:
+        """Let the rule follow what was measured."""
         if self.rule.step_size is None:
             self._largest_lr = max(self._largest_lr, largest_lr(self.base))
-            shapes = [p.shape if p.requires_grad else () for p in params]
-            self.rule.begin(shapes, [p.numel() for p in params], growth(self.base))
-        probed = None
-        if wants_probe:
-            step = Step(number, checked, relative_noise(closure, params), self._read)
-            probed = self.prober.take(self.base, params, closure, step, multiplier)
-            self.counts["probe_forwards"] += asked
-            if probed is not None and not math.isfinite(probed.slope):
-                return self._skip(returned)
-        factor = self.rule.factor(number) * multiplier / self._largest_lr
-        measured = self._meter.measurement(numbers[len(checks) :], len(params), factor, number)
-        if measured is not None:
-            self.last_measurement = measured
-            self.rule.observe(measured)
-        if probed is not None:
-            self.last_probe = probed.record or self.last_probe
-            self.prober.observed(probed)
-        self._advance(multiplier)
-        return self._end(returned)
+        if found.measurement is not None:
+            self.last_measurement = found.measurement
+            self.rule.observe(found.measurement)
+        if found.probed is not None:
+            self.last_probe = found.probed.record or self.last_probe
+            self.measurer.prober.observed(found.probed)
 
     def _advance(self, multiplier: float) -> None:
         """`base.step()` at rates ``base step size * ramp * multiplier_i * lr / unit``."""
         scale = (self.rule.step_size or 0.0) * self.rule.factor(self.counts["steps"]) / self._largest_lr
-        if self._meter.beginning is None and scale > 0:
-            self._meter.begin(self._params, with_gradient(self.base))
+        meter = self.measurer.meter
+        if meter.beginning is None and scale > 0:
+            meter.begin(params_of(self.base), with_gradient(self.base))
         with rescaled(self.base, scale, self.multipliers, self._division):
             self.base.step()
         self.step_size = scale * multiplier
         self.counts["steps"] += 1
-
-    def _stand(self, returned: Any) -> Any:
-        """Let the base optimizer step where nothing is to move."""
-        self.base.step()
-        self.step_size = 0.0
-        return self._end(returned)
-
-    def _skip(self, returned: Any, counted: bool = True) -> Any:
-        """Leave weights and base optimizer alone: a gradient is not finite. `counted`: among the steps."""
-        self.counts["steps"] += counted
-        self.counts["skipped"] += 1
-        return self._end(returned)
-
-    def _end(self, returned: Any) -> Any:
-        self.armed = None
-        probe = self.wants_probe
-        self.checks.open(self._params, probe)
-        if not probe:
-            self.prober.forget()
-        return returned
-
-    def _read(self, *values: Tensor | float | list[float]) -> list[float]:
-        """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
-        weights = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        device = next(v.device for v in itertools.chain(values, weights) if isinstance(v, Tensor))
-        return self.reduce(flat(values, device)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
@@ -311,14 +243,11 @@ class LQA(torch.optim.Optimizer):
             "counts": dict(self.counts),
             "step_size": self.step_size,
             "measurement": None if self.last_measurement is None else asdict(self.last_measurement),
-            "beginning": self._meter.places,
             "probe": None if self.last_probe is None else self.last_probe.to_plain(),
-            "radius": self.prober.state_dict(),
             "largest_lr": self._largest_lr,
-            "gradients": self.checks.watch.state_dict(),
-            "backpropagates": self._caller.backpropagates is True,
+            "measurer": self.measurer.state_dict(),
         }
-        return packed(self.base.state_dict(), own, self._params, self._meter.beginning)
+        return packed(self.base.state_dict(), own, params_of(self.base), self.measurer.meter.beginning)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -333,9 +262,7 @@ class LQA(torch.optim.Optimizer):
         self.step_size = own["step_size"]
         self.last_probe = None if own["probe"] is None else ProbeRecord.from_plain(own["probe"])
         self.last_measurement = None if own["measurement"] is None else Measurement(**own["measurement"])
-        self._meter.beginning = take_snapshot(self.state, self._params, own["beginning"])
-        self.prober.load_state_dict(own["radius"])
         self._largest_lr = own["largest_lr"]
-        self.checks.watch.load_state_dict(own["gradients"])
-        self._caller.backpropagates = own["backpropagates"] or None
-        self.checks.open(self._params, self.wants_probe)
+        kept, params = own["measurer"], params_of(self.base)
+        self.measurer.load_state_dict(kept, take_snapshot(self.state, params, kept["beginning"]))
+        self.measurer.open(params, self.wants_probe)

@@ -17,7 +17,7 @@ from .checkpoint import ProbeRecord
 from .checks import Checked
 from .direction import Direction
 from .gradients import CONTRADICTION, GradientWatch
-from .groups import rescaled, same, with_gradient
+from .groups import growth, rescaled, same, with_gradient
 from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .rule import Rule
 from .rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
@@ -124,7 +124,10 @@ class Prober:
         Raises:
             ValueError: the rule cannot begin without a closure.
         """
-        if closure is None and self.rule.step_size is not None:
+        if self.rule.step_size is None:
+            shapes = [p.shape if p.requires_grad else () for p in params]
+            self.rule.begin(shapes, [p.numel() for p in params], growth(base))
+        elif closure is None:
             return None
         multipliers = self.rule.multipliers(len(params))
         # By parameter: within `rescaled` the groups are divided, and their order is another.
@@ -176,7 +179,7 @@ class Prober:
             raise
         self.seconds += time.perf_counter() - begun_at
         if first and self.watch.scale != 1 and not step.checked.change:
-            warnings.warn(CONTRADICTION.format(1 / self.watch.scale), stacklevel=5)
+            warnings.warn(CONTRADICTION.format(1 / self.watch.scale), stacklevel=6)
         return record, slope, begun
 
     def _once(

@@ -124,8 +124,7 @@ class LQATrainerMixin(_Trainer):
         def observed_clip_grad_norm(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
             norm = clip_grad_norm(parameters, max_norm, *args, **kwargs)
             if (lqa := self.lqa) is not None and norm is not None:
-                lqa.checks.told_norm_is_whole = True
-                lqa.observe_clipping(norm, max_norm)
+                lqa.observe_clipping(norm, max_norm, whole=True)
             return norm
 
         self.accelerator.clip_grad_norm_ = observed_clip_grad_norm

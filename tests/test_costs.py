@@ -106,12 +106,12 @@ class Closure:
 def with_lqa(params, kind="fused", decay=(0.0,), **options):
     """LQA, what reads for it, and a step of it as the Trainer makes one."""
     lqa, read = LQA(adamw(params, kind, decay), **options), Read()
-    lqa.reduce, lqa.checks.told_norm_is_whole = read, True
+    lqa.measurer.reduce = read
     # A probe was compared with training's loss, or the first one takes more.
     lqa.counts["replays_checked"] = 1
 
     def step():
-        lqa.observe_clipping(torch.empty((), device="cuda"), 1.0)
+        lqa.observe_clipping(torch.empty((), device="cuda"), 1.0, whole=True)
         lqa.step(Closure())
 
     return lqa, read, step

@@ -126,7 +126,7 @@ CLIPS = {
 
 def saw_a_change(optimizer):
     """Whether gradients were ever seen to change between backward and step."""
-    return json.loads(optimizer.state_dict()["param_groups"][0][GROUP_KEY])["gradients"]["changed"]
+    return json.loads(optimizer.state_dict()["param_groups"][0][GROUP_KEY])["measurer"]["gradients"]["changed"]
 
 
 def relative_change(probe):
@@ -542,13 +542,13 @@ def test_sparse_and_missing_gradients():
 def test_one_rank_skips_what_the_others_do():
     model = network()
     optimizer = LQA(BASES["adamw"](model.parameters()))
-    alone = optimizer.reduce
+    alone = optimizer.measurer.reduce
     for step, (x, y) in enumerate(batches(3)):
         closure = ReplayedLoss(model)
         optimizer.zero_grad()
         closure.record(lambda x=x, y=y: functional.cross_entropy(model(x), y)).backward()
         # The other rank's gradient is infinite.
-        optimizer.reduce = (lambda found: alone(found) + math.inf) if step == 1 else alone
+        optimizer.measurer.reduce = (lambda found: alone(found) + math.inf) if step == 1 else alone
         before = weights(model)
         optimizer.step(closure)
         assert all(torch.equal(before[k], v) for k, v in weights(model).items()) == (step == 1)

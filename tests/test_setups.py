@@ -254,7 +254,7 @@ def test_below_the_noise_the_radius_grows(tmp_path):
     settings = {"optim_args": "base=adamw_torch,tau=1e-4", "max_steps": 4, "bf16": True}
     trainer, recorder, _ = run(tmp_path, tiny_bert(dropout=0.0), lr_scheduler_type="constant", **settings)
     assert trainer.lqa.counts["below_noise"] == 4
-    kept = json.loads(trainer.lqa.state_dict()["param_groups"][0][GROUP_KEY])["radius"]
+    kept = json.loads(trainer.lqa.state_dict()["param_groups"][0][GROUP_KEY])["measurer"]["radius"]
     assert kept["scale"] == 16 and recorder.steps[3]["radius"] > 2 * recorder.steps[0]["radius"]
 
 

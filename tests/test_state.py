@@ -611,7 +611,7 @@ def test_ranks_decide_together():
         # What the gradients are; loss and slope; then the check.
         return values if len(reductions) < 3 else values + 0.5
 
-    lqa.reduce = of_two
+    lqa.measurer.reduce = of_two
     closure = ReplayedLoss(model)
     closure.record(lambda x, y: model(x, y)["loss"], *next(batches())).backward()
     with pytest.warns(UserWarning, match="on another rank"):
