@@ -8,10 +8,21 @@ import torch
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from .options import NO_BASE
+from .probe import defined_as, definer
 
 #: What a scheduler keeps in its optimizer's groups, and in itself, that is a learning rate.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 _SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr", "eta_min", "min_lr", "max_lr")
+
+
+def source_of_base(trainer: Any) -> str | None:
+    """What gives a Trainer's base optimizer, where that is not Transformers' own code alone."""
+    if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None:
+        return "optimizer_cls_and_kwargs"
+    for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
+        if not definer(trainer, name).__module__.startswith("transformers."):
+            return defined_as(trainer, name)
+    return None
 
 
 def refuse_base(base: Any, source: str) -> None:

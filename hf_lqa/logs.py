@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .optimizer import LQA
-from .quadratic import Fit, Verdict
+from .quadratic import Fit, Verdict, rejected
 
 #: Most keys of LQA in a line without a probe in which no count has changed.
 _MOST = 3
@@ -25,7 +25,7 @@ def counts(lqa: LQA) -> dict[str, float]:
     """What is counted from the first step on."""
     return {
         "lqa_probe_forwards": lqa.counts["probe_forwards"],
-        "lqa_rejected": lqa.rejected,
+        "lqa_rejected": rejected(lqa.counts),
         "lqa_searched": lqa.counts["searched"],
         "lqa_skipped": lqa.counts["skipped"],
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 from . import verification
 from .checkpoint import ProbeRecord, packed, take_snapshot, unpacked
 from .groups import Division, check_base, largest_lr, rescaled, with_gradient
-from .measurer import Findings, Measurer, params_of
+from .measurer import Measurer, params_of
 from .quadratic import Verdict
 from .rule import Measurement, Rule, build
-from .rule.records import require
+from .rule.records import require_steps
 
 
 def lqa_inside(optimizer: Any) -> LQA | None:
@@ -24,6 +23,11 @@ def lqa_inside(optimizer: Any) -> LQA | None:
     while optimizer is not None and not isinstance(optimizer, LQA):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def _of_base(name: str) -> Any:
+    """An attribute shared with the base, also when somebody (FSDP2 under Accelerate, a checkpoint) replaces it."""
+    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value))
 
 
 class LQA(torch.optim.Optimizer):
@@ -36,35 +40,30 @@ class LQA(torch.optim.Optimizer):
         closure.record(compute_loss, batch).backward()
         optimizer.step(closure)
 
-    A group's ``lr`` is a *multiplier*: 1.0 by default, scaled by learning-rate schedulers, different between groups if
-    some should learn slower. A step moves tensor ``i`` of group ``g`` by
+    A group's ``lr`` is a *multiplier*: 1.0 by default, scaled by schedules. A step moves tensor ``i`` of group ``g`` by
 
         step_size * multiplier_i * (lr_g / max lr) * d      step_size = base step size * ramp * max lr / unit
 
     where ``d`` is the base optimizer's update at unit learning rate, ``multiplier_i`` the rule's per-tensor multiplier,
-    and ``max lr`` the largest ``lr`` at this step. ``unit`` is the largest one before schedules, when the first step is
-    measured, but at least 1: groups of 1 and 16 are those of 1/16 and 1. On steps without a probe this is
-    ``base.step()`` at that learning rate, if all gradients are finite, and nothing else.
+    ``max lr`` the largest ``lr`` at this step, and ``unit`` the largest before schedules, but at least 1: groups of 1
+    and 16 are those of 1/16 and 1. Without a probe this is ``base.step()`` at that rate, if all gradients are finite.
 
     Args:
-        base: the optimizer whose direction is used. Its updates must be proportional to its ``lr``. Param groups and
-            state are shared with it.
+        base: the optimizer whose direction is used, and whose param groups and state are shared. Its updates must be
+            proportional to its ``lr``.
         rule: ``"displacement"`` (the default) or ``"paper"`` (arXiv 2004.03260, Algorithm 1).
-        total_steps: how many steps training has, ``>= 1``; the longer it is, the lower the base step size. `None` is
-            taken for 1,000.
+        total_steps: how many steps training has, ``>= 1``; the more, the lower the base step size. `None`: 1,000.
         options: the rule's, see `hf_lqa.rule.build`.
 
     Attributes:
-        step_size: the step size last applied, in units of the direction, schedule included: that of the group with the
-            largest multiplier. `None` before any.
-        last_probe: the `ProbeRecord` of the last probe, `None` before any.
-        last_measurement: the `Measurement` that was last taken of the way that training has come, `None` before any.
+        step_size: last applied, schedule included, to the group with the largest multiplier; `None` before any.
+        last_probe, last_measurement: the last `ProbeRecord` and `Measurement`, `None` before any.
         counts: number of ``steps``, ``skipped`` steps, ``probe_forwards``, first probes that ``searched`` a radius
             because the loss's value said none, and of each verdict; and what `hf_lqa.verification` has found out.
+        measurer: takes what the rule wants to know of a step.
 
     Raises:
-        ValueError: `base` has no parameters or no ``lr`` or needs a closure itself (LBFGS), `rule` is unknown, or an
-            option is unknown or out of range, as `total_steps` may be.
+        ValueError: `base` cannot be stepped (`check_base`), or `rule`, `total_steps` or an option is not valid.
     """
 
     def __init__(
@@ -90,28 +89,12 @@ class LQA(torch.optim.Optimizer):
         self.measurer = Measurer(params_of(base), radius, self.rule, self.counts)
         self._division = Division()
         self._largest_lr = max(1.0, largest_lr(base))
-        #: The closure of the next step, see `arm`.
         self.armed: Callable[[], Tensor] | None = None
         # Not super().__init__(): the groups are the base's own objects, which are complete already.
         self.defaults = base.defaults
         super().__setstate__({})
 
-    # Shared with the base optimizer, also when somebody (FSDP2 under Accelerate, a checkpoint) replaces them.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
+    param_groups, state = _of_base("param_groups"), _of_base("state")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "armed"}
@@ -126,13 +109,8 @@ class LQA(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
 
     def plan(self, total_steps: int) -> None:
-        """Say how many steps training has, ``>= 1``: to be called before the first step.
-
-        Raises:
-            ValueError: that is out of range.
-        """
-        integer = isinstance(total_steps, Integral) and not isinstance(total_steps, bool)
-        require(integer and total_steps >= 1, "total_steps", total_steps, "must be an integer >= 1")
+        """Say before the first step how many training has. A `ValueError` unless that is an integer ``>= 1``."""
+        require_steps(total_steps)
         self.rule.total_steps = int(total_steps)
 
     @property
@@ -146,11 +124,6 @@ class LQA(torch.optim.Optimizer):
         return self.rule.multipliers(sum(len(group["params"]) for group in self.param_groups))
 
     @property
-    def rejected(self) -> int:
-        """Number of probes so far whose fit gave no step size."""
-        return sum(self.counts[verdict.value] for verdict in Verdict if not verdict.usable)
-
-    @property
     def wants_probe(self) -> bool:
         """Whether the next step will call its closure. Nothing needs to be recorded for one that will not."""
         return self.rule.wants_probe(self.counts["steps"])
@@ -162,8 +135,7 @@ class LQA(torch.optim.Optimizer):
     def observe_clipping(self, grad_norm: Tensor | float, max_norm: float, whole: bool = False) -> None:
         """Tell the next `step` that its gradients had the norm `grad_norm` and were then clipped to `max_norm`.
 
-        With it a probe's slope is that of the loss, not of the clipped gradients. Without it what clipping does is
-        found by comparing gradients with what they were at the end of the backward pass, which costs a little more.
+        A probe's slope is then that of the loss. Untold, what clipping does is found out, which costs a little more.
 
         Args:
             whole: whether the norm is that of all gradients, which are then not looked at again.
@@ -175,16 +147,14 @@ class LQA(torch.optim.Optimizer):
         """Advance the base optimizer once, at the step size that was measured, unless a gradient is not finite.
 
         Args:
-            closure: one of two kinds.
+            closure: returns the loss. One of two kinds, of which the first is called on probe steps only.
 
-                - It returns the loss at the present weights as a 0-dim tensor, without gradient and the same whenever
-                  it is called at the same weights (`ReplayedLoss` makes one). If it has an attribute ``loss``, that is
-                  taken for the loss at the origin. Called on probe steps only.
-                - PyTorch's convention: it clears the gradients, calls ``backward`` and returns the loss. Called once at
-                  every step, and twice more on probe steps, with the same random numbers and nothing left of it.
+                - Without gradient, as a 0-dim tensor, the same whenever it is called at the same weights
+                  (`ReplayedLoss` makes one). An attribute ``loss`` is taken for the loss at the origin.
+                - PyTorch's convention: it clears the gradients and calls ``backward``. Called once at every step, and
+                  twice more on probe steps, with the same random numbers and nothing left of it.
 
-                A closure that raises leaves everything as it was before the step. Without one nothing is probed, which
-                the rule ``"paper"`` cannot do without.
+                If it raises, everything is as before. Without one nothing is probed; the rule ``"paper"`` needs one.
 
         Returns:
             What the closure returned, or its ``loss``; `None` where that is not known.
@@ -196,6 +166,7 @@ class LQA(torch.optim.Optimizer):
         multiplier = max(float(group["lr"]) for group in self.param_groups)
         factor = self.rule.factor(self.counts["steps"]) * multiplier / self._largest_lr
         found = self.measurer.measure(self.base, closure if closure is not None else self.armed, multiplier, factor)
+        self.armed = None
         if not found.finite:
             self.counts["skipped"] += 1
             self.counts["steps"] += multiplier > 0
@@ -204,29 +175,23 @@ class LQA(torch.optim.Optimizer):
             self.base.step()
             self.step_size = 0.0
         else:
-            self._update(found)
+            if self.rule.step_size is None:
+                self._largest_lr = max(self._largest_lr, largest_lr(self.base))
+            if found.measurement is not None:
+                self.last_measurement = found.measurement
+                self.rule.observe(found.measurement)
+            if found.probed is not None:
+                self.last_probe = found.probed.record or self.last_probe
+                self.measurer.prober.observed(found.probed)
             self._advance(multiplier)
-        self.armed = None
         self.measurer.open(params_of(self.base), self.wants_probe)
         return found.returned
-
-    def _update(self, found: Findings) -> None:
-        """Let the rule follow what was measured."""
-        if self.rule.step_size is None:
-            self._largest_lr = max(self._largest_lr, largest_lr(self.base))
-        if found.measurement is not None:
-            self.last_measurement = found.measurement
-            self.rule.observe(found.measurement)
-        if found.probed is not None:
-            self.last_probe = found.probed.record or self.last_probe
-            self.measurer.prober.observed(found.probed)
 
     def _advance(self, multiplier: float) -> None:
         """`base.step()` at rates ``base step size * ramp * multiplier_i * lr / unit``."""
         scale = (self.rule.step_size or 0.0) * self.rule.factor(self.counts["steps"]) / self._largest_lr
-        meter = self.measurer.meter
-        if meter.beginning is None and scale > 0:
-            meter.begin(params_of(self.base), with_gradient(self.base))
+        if self.measurer.meter.beginning is None and scale > 0:
+            self.measurer.meter.begin(params_of(self.base), with_gradient(self.base))
         with rescaled(self.base, scale, self.multipliers, self._division):
             self.base.step()
         self.step_size = scale * multiplier
@@ -235,8 +200,7 @@ class LQA(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with LQA's own state in the first param group under ``"lqa"``.
 
-        There it survives every checkpoint format that keeps optimizers, FSDP's included. The weights that training
-        began with travel with the state of the parameters.
+        There it survives every checkpoint format that keeps optimizers. The first weights travel with the state.
         """
         own = {
             "rule": {"name": self.rule.name, "state": self.rule.state_dict()},

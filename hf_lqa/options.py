@@ -120,6 +120,15 @@ def for_base(args: TrainingArguments, options: LQAOptions) -> TrainingArguments:
     return base_args
 
 
+def for_model_card(args: TrainingArguments, options: LQAOptions, log: list[dict[str, float]]) -> TrainingArguments:
+    """A copy of `args` that says which optimizer and learning rates were used, as its `log` has them."""
+    rates = [entry["learning_rate"] for entry in log if entry.get("learning_rate")]
+    card: Any = copy.copy(args)
+    card.learning_rate = f"measured, {min(rates):.2g} to {max(rates):.2g}" if rates else "measured"
+    card.optim = f"{options.name} around {options.base}"
+    return card
+
+
 def plain(name: Any) -> str:
     """`name` as a string, where it may be a member of an enum."""
     return str(getattr(name, "value", name))

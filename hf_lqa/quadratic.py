@@ -14,6 +14,7 @@ Nothing here knows tensors, and nothing here raises on numerical trouble: troubl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,6 +45,11 @@ class Verdict(str, Enum):
     def usable(self) -> bool:
         """Whether the fit came with a step size."""
         return self in (Verdict.ACCEPTED, Verdict.CLAMPED)
+
+
+def rejected(counts: Mapping[str, int]) -> int:
+    """How many of the fits that `counts` has by verdict gave no step size."""
+    return sum(counts[verdict.value] for verdict in Verdict if not verdict.usable)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,19 @@
-"""Set-ups in which a probe could not be right, refused at construction."""
+"""Set-ups in which a probe could not be right, refused at construction, and arguments that have no effect."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
 from accelerate.utils import DistributedType
+from torch import Tensor
 from transformers import Trainer
 from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled
 
 from .options import plain
+from .probe import defined_as
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
@@ -61,4 +68,50 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError(
             f"distributed_type={trainer.accelerator.distributed_type.value!r} with optim={name!r}: XLA traces steps"
             " ahead, and probes need their losses at once. Use another --optim"
+        )
+
+
+def refuse_late_optimizer(trainer: Trainer) -> None:
+    """Refuse another optimizer than LQA at a training step.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"optim={plain(trainer.args.optim)!r}, but trainer.optimizer is a {type(trainer.optimizer).__name__} that came"
+        " after create_optimizer (from a callback, or a method that overrides the Trainer's). Set trainer.optimizer"
+        " before train() or in create_optimizer, where LQA goes around it, or use another --optim"
+    )
+
+
+def refuse_unrecorded(trainer: Trainer) -> Tensor:
+    """The closure of a first step for which none was recorded.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{type(trainer).__name__} steps the optimizer without a training_step before it (in"
+        f" {defined_as(trainer, '_inner_training_loop')}, or a callback): LQA probes the loss that training_step"
+        " computes. Call self.training_step for each micro-batch of a step, or use another --optim"
+    )
+
+
+def warn_of_no_effect(args: Any, device: torch.device, by_name: bool) -> None:
+    """Warn of arguments that change nothing.
+
+    Args:
+        by_name: whether LQA was chosen by `args.optim`.
+    """
+    default = next(f.default for f in dataclasses.fields(args) if f.name == "learning_rate")
+    if by_name and args.learning_rate != default:
+        warnings.warn(
+            f"learning_rate={args.learning_rate!r} is not used with optim={plain(args.optim)!r}, which measures the"
+            " learning rate. Leave it out, or choose another --optim",
+            stacklevel=4,
+        )
+    if args.fp16 and device.type == "cpu":
+        warnings.warn(
+            "fp16=True has no effect on a CPU: Accelerate trains in float32. Leave it out, or use bf16=True",
+            stacklevel=4,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,7 +211,7 @@ class ReplayedLoss:
         total: Tensor | None = None
         try:
             torch.clear_autocast_cache()
-            with self._autograd_aside(tensors):
+            with _autograd_aside(self.models, tensors) if self.with_grad else contextlib.nullcontext():
                 for (compute, forward), start in zip(self._micro_batches, self._starts(), strict=True):
                     start.undo(moved)
                     with forward.again():
@@ -235,29 +235,27 @@ class ReplayedLoss:
             starts.append(later)
         return starts[::-1]
 
-    @contextmanager
-    def _autograd_aside(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Where a replay runs with autograd on: no gradient of training changes, no reducer waits for a backward."""
-        if not self.with_grad:
-            yield
-            return
-        gradients = [(t, t.grad) for t in tensors if t.is_leaf and t.requires_grad]
-        try:
-            with contextlib.ExitStack() as stack:
-                for model in self.models:
-                    for module in model.modules():
-                        if isinstance(module, nn.parallel.DistributedDataParallel):
-                            stack.enter_context(module.no_sync())
-                for tensor, _ in gradients:
-                    tensor.grad = None
-                yield
-        finally:
-            for tensor, gradient in gradients:
-                tensor.grad = gradient
-
 
 def _has_gradient(tensor: Tensor) -> bool:
     return tensor.is_leaf and tensor.grad is not None
+
+
+@contextmanager
+def _autograd_aside(models: Iterable[nn.Module], tensors: list[Tensor]) -> Iterator[None]:
+    """Where a replay runs with autograd on: no gradient of training changes, no reducer waits for a backward."""
+    gradients = [(t, t.grad) for t in tensors if t.is_leaf and t.requires_grad]
+    try:
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                for module in model.modules():
+                    if isinstance(module, nn.parallel.DistributedDataParallel):
+                        stack.enter_context(module.no_sync())
+            for tensor, _ in gradients:
+                tensor.grad = None
+            yield
+    finally:
+        for tensor, gradient in gradients:
+            tensor.grad = gradient
 
 
 @contextmanager

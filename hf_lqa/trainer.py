@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +13,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .base import described, largest_rate, refuse_base, to_multipliers
+from .base import described, largest_rate, refuse_base, source_of_base, to_multipliers
 from .logs import Announcement, LogLines
 from .optimizer import LQA, lqa_inside
-from .options import for_base, parse_options, plain
+from .options import for_base, for_model_card, parse_options
 from .probe import TrainerProbe, defined_as, definer, recorded, shadowed
-from .refusals import refuse_unsupported
+from .refusals import refuse_late_optimizer, refuse_unrecorded, refuse_unsupported, warn_of_no_effect
 from .registration import bases_served
 
 # The mixin comes before a Trainer class; a type checker cannot know which.
@@ -68,18 +66,7 @@ class LQATrainerMixin(_Trainer):
         if self._lqa_options is None and self.lqa is None:
             return
         refuse_unsupported(self)
-        default = next(f.default for f in dataclasses.fields(self.args) if f.name == "learning_rate")
-        if self._lqa_options is not None and self.args.learning_rate != default:
-            warnings.warn(
-                f"learning_rate={self.args.learning_rate!r} is not used with optim={plain(self.args.optim)!r}, which"
-                " measures the learning rate. Leave it out, or choose another --optim",
-                stacklevel=3,
-            )
-        if self.args.fp16 and self.accelerator.device.type == "cpu":
-            warnings.warn(
-                "fp16=True has no effect on a CPU: Accelerate trains in float32. Leave it out, or use bf16=True",
-                stacklevel=3,
-            )
+        warn_of_no_effect(self.args, self.accelerator.device, self._lqa_options is not None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # Only now: the list of callbacks of a Trainer that does not train is nobody's but the user's.
@@ -114,7 +101,7 @@ class LQATrainerMixin(_Trainer):
         """Let go of what an interrupted step recorded: auto_find_batch_size begins anew after one."""
         self._lqa_probe = None
         if (lqa := self.lqa) is not None:
-            lqa.arm(self._lqa_not_recorded if lqa.base_step_size is None else None)
+            lqa.arm(functools.partial(refuse_unrecorded, self) if lqa.base_step_size is None else None)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The parent's; called again for every trial of a hyperparameter search."""
@@ -151,7 +138,7 @@ class LQATrainerMixin(_Trainer):
         base = self.optimizer if self.optimizer is not None else created
         while isinstance(base, AcceleratedOptimizer):
             base = base.optimizer
-        source = "optimizers=(...), or trainer.optimizer," if given else self._lqa_source()
+        source = "optimizers=(...), or trainer.optimizer," if given else source_of_base(self)
         if source is not None:
             refuse_base(base, source)
             unit = to_multipliers(base, self.lr_scheduler, source)
@@ -161,25 +148,8 @@ class LQATrainerMixin(_Trainer):
                 stacklevel=2,
             )
         self.optimizer = LQA(base, options.rule, **options.rule_options)
-        self.optimizer.arm(self._lqa_not_recorded)
+        self.optimizer.arm(functools.partial(refuse_unrecorded, self))
         return self.optimizer
-
-    def _lqa_source(self) -> str | None:
-        """What gives the base optimizer, where that is not Transformers' own code alone."""
-        if getattr(self, "optimizer_cls_and_kwargs", None) is not None:
-            return "optimizer_cls_and_kwargs"
-        for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
-            if not definer(self, name).__module__.startswith("transformers."):
-                return defined_as(self, name)
-        return None
-
-    def _lqa_not_recorded(self) -> Tensor:
-        """The closure of a first step for which none was recorded."""
-        raise ValueError(
-            f"{type(self).__name__} steps the optimizer without a training_step before it (in"
-            f" {defined_as(self, '_inner_training_loop')}, or a callback): LQA probes the loss that training_step"
-            " computes. Call self.training_step for each micro-batch of a step, or use another --optim"
-        )
 
     get_optimizer_cls_and_kwargs = _ServesBases()
 
@@ -223,12 +193,7 @@ class LQATrainerMixin(_Trainer):
     ) -> Tensor:
         lqa = self.lqa
         if lqa is None and self.optimizer is not None and self._lqa_options is not None:
-            raise ValueError(
-                f"optim={self._lqa_options.name!r}, but trainer.optimizer is a {type(self.optimizer).__name__} that"
-                " came after create_optimizer (from a callback, or a method that overrides the Trainer's). Set"
-                " trainer.optimizer before train() or in create_optimizer, where LQA goes around it, or use another"
-                " --optim"
-            )
+            refuse_late_optimizer(self)
         if lqa is None or not lqa.wants_probe:
             return step(model, inputs, *args, **kwargs)
         if "training_step" in self._lqa_entered:
@@ -237,9 +202,8 @@ class LQATrainerMixin(_Trainer):
                 lqa.arm(self._lqa_probe)
             return loss
         total = getattr(self, "current_gradient_accumulation_steps", 1)
-        wanted = total
-        if self._lqa_options is not None and self._lqa_options.probe_micro_batches is not None:
-            wanted = min(total, self._lqa_options.probe_micro_batches)
+        most = self._lqa_options.probe_micro_batches if self._lqa_options is not None else None
+        wanted = min(total, most) if most is not None else total
         if self._lqa_probe is None:
             # The micro-batches that are probed stand for all.
             self._lqa_probe, self._lqa_recorded = TrainerProbe(self, model, weight=total / wanted), 0
@@ -259,16 +223,12 @@ class LQATrainerMixin(_Trainer):
             return super()._get_learning_rate()
         return lqa.step_size or 0.0
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, with what was done where it quotes arguments that were not used."""
         if (options := self._lqa_options) is None:
-            super().create_model_card(*args, **kwargs)
-            return
-        rates = [entry["learning_rate"] for entry in self.state.log_history if entry.get("learning_rate")]
+            return super().create_model_card(*args, **kwargs)
         own_args = self.args
-        self.args = copy.copy(own_args)
-        self.args.learning_rate = f"measured, {min(rates):.2g} to {max(rates):.2g}" if rates else "measured"
-        self.args.optim = f"{options.name} around {options.base}"
+        self.args = for_model_card(own_args, options, self.state.log_history)
         try:
             super().create_model_card(*args, **kwargs)
         finally:

@@ -27,6 +27,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_lqa import LQATrainer, Verdict
+from hf_lqa.quadratic import rejected
 
 MIB = 2**20
 
@@ -131,7 +132,7 @@ def main() -> int:
         "steps": inspector.steps,
         "probes": inspector.probes,
         "verdicts": inspector.verdicts,
-        "rejected": lqa.rejected,
+        "rejected": rejected(lqa.counts),
         "steps_unlike_the_base": inspector.different,
         "step_sizes_moved_by_rejected_fits": inspector.moved,
         "memory_mib": round(last / MIB, 1),

@@ -17,6 +17,7 @@ from transformers.integrations import integration_utils
 
 from hf_lqa import LQA, Fit, LQATrainer, ProbeRecord, Verdict
 from hf_lqa.logs import counts, probe_measurements, probes
+from hf_lqa.quadratic import rejected
 
 MEASURED = ["slope", "curvature", "probe_radius", "probe_step", "loss_minus", "loss_center", "loss_plus"]
 COUNTS = ["lqa_probe_forwards", "lqa_rejected", "lqa_searched", "lqa_skipped"]
@@ -112,8 +113,8 @@ def test_counts_are_logged_when_they_change(tmp_path):
 
     trainer = trained(tmp_path, trainer_class=Poisoned, max_steps=14)
     assert [(line["step"], line["lqa_skipped"]) for line in lines(trainer) if "lqa_skipped" in line] == [(6, 1), (9, 2)]
-    rejected = [line["lqa_rejected"] for line in lines(trainer) if "lqa_rejected" in line]
-    assert rejected == list(range(1, trainer.lqa.rejected + 1)) and rejected
+    found = [line["lqa_rejected"] for line in lines(trainer) if "lqa_rejected" in line]
+    assert found == list(range(1, rejected(trainer.lqa.counts) + 1)) and found
 
 
 def test_what_is_not_finite_is_left_out_and_has_its_verdict(tmp_path):
@@ -258,9 +259,9 @@ def test_a_trial_of_a_search_still_sees_its_gradients_clipped(tmp_path, monkeypa
     seen = []
     observe = LQA.observe_clipping
 
-    def observe_clipping(self, norm, limit):
+    def observe_clipping(self, norm, limit, whole):
         seen.append((float(norm), limit))
-        observe(self, norm, limit)
+        observe(self, norm, limit, whole)
 
     monkeypatch.setattr(LQA, "observe_clipping", observe_clipping)
     trainer.train()

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_lqa import LQA, ReplayedLoss, Verdict, slopes
 from hf_lqa.checkpoint import BEGINNING_KEY
+from hf_lqa.quadratic import rejected
 from hf_lqa.rule.prior import PriorConfig, base_step_size
 
 DOUBLE = torch.float64
@@ -371,7 +372,7 @@ def test_an_infinite_probe_loss_keeps_the_last_step_size():
     infinite.loss = loss.detach()
     optimizer.step(infinite)
     assert optimizer.last_probe.fit.verdict is Verdict.NON_FINITE
-    assert (optimizer.step_size, optimizer.rejected) == (level, 1)
+    assert (optimizer.step_size, rejected(optimizer.counts)) == (level, 1)
 
 
 def test_errors_name_what_is_wrong():

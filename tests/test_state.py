@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 import hf_lqa
 from hf_lqa import LQA, ReplayedLoss, Verdict, search
 from hf_lqa.groups import rescaled
+from hf_lqa.quadratic import rejected
 from hf_lqa.values import Values
 
 STEPS = 5
@@ -564,7 +565,7 @@ def test_what_cannot_be_replayed_is_said_once_by_name_and_training_goes_on(make,
     assert lqa.counts["not_replayable"] == STEPS and lqa.counts["probe_forwards"] == 0
     probe = lqa.last_probe
     assert probe.fit.verdict is Verdict.NOT_REPLAYABLE and probe.fit.slope < 0 < probe.radius
-    assert lqa.rejected == STEPS and all(rate > 0 for rate, _ in rates)
+    assert rejected(lqa.counts) == STEPS and all(rate > 0 for rate, _ in rates)
     with pytest.raises(ValueError, match="lqa_paper") as error:
         trained(make, rule="paper")
     assert name in str(error.value)

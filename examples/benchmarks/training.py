@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hf_lqa import LQA, LQAAdamW, LQACallback, LQATrainer
+from hf_lqa.quadratic import rejected
 
 #: The method in which a Trainer knows nothing of LQA, and no closure is given.
 STOCK = "lqa_adamw"
@@ -231,7 +232,7 @@ def train(data: Loaded, name: str, seed: int, options: argparse.Namespace) -> di
         "train_loss": [entry["loss"] for entry in entries],
         "learning_rate": [entry["learning_rate"] for entry in entries],
         "probe_forwards": lqa.counts["probe_forwards"] if lqa is not None else getattr(probes, "forwards", 0),
-        "rejected": lqa.rejected if lqa is not None else 0,
+        "rejected": rejected(lqa.counts) if lqa is not None else 0,
         "skipped": lqa.counts["skipped"] if lqa is not None else 0,
         "train_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), math.nan),
         "seconds": round(time.time() - begun, 1),

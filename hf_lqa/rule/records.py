@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -20,6 +22,11 @@ def is_number(value: object) -> bool:
 def require_interval(value: object) -> None:
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(valid, "probe_interval", value, "must be an integer >= 1")
+
+
+def require_steps(total_steps: Any) -> None:
+    integer = isinstance(total_steps, Integral) and not isinstance(total_steps, bool)
+    require(integer and int(total_steps) >= 1, "total_steps", total_steps, "must be an integer >= 1")
 
 
 @dataclass(frozen=True)
