@@ -141,8 +141,8 @@ class Prober:
                     " returns the loss, e.g. hf_lqa.ReplayedLoss"
                 )
             direction = Direction(base)
-            begun = self._begun(*step.read(direction.slope(), *direction.size(by)))
-            return Probed(None, 0.0, begun)
+            slope, *size = step.read(direction.slope(), *direction.size(by))
+            return Probed(None, slope, self._begun(slope, *size))
 
     def probe(
         self,

@@ -177,7 +177,7 @@ def launches_of(depth, kind, dtype=torch.float32, size=(16, 8)):
 
 #: In half precision products are taken of copies in float32.
 LAUNCHES = [
-    *[("measured", torch.float32, 26), ("measured", torch.bfloat16, 32)],
+    *[("measured", torch.float32, 26), ("measured", torch.bfloat16, 29)],
     *[("probe", torch.float32, 28), ("probe", torch.bfloat16, 30)],
 ]
 
@@ -208,7 +208,7 @@ def test_a_model_on_several_devices_is_measured_as_one(on_cuda):
 def test_launches_do_not_grow_with_the_matrices_either(on_cuda):
     # All are larger than a piece, and of each a sample is observed.
     found = [launches_of(33, "measured", size=size)[0] for size in ((2048, 4096), (8192, 8192))]
-    assert found[0] == found[1] <= 88, found
+    assert found[0] == found[1] <= 87, found
 
 
 def test_parameters_are_divided_by_rate_only_where_something_has_changed(monkeypatch):
