@@ -86,14 +86,14 @@ class Measurer:
             return Findings(returned, moves=False)
         checks = self.checks.pending(params, wants_probe)
         slopes = self.meter.pending(multiplier > 0 and self._rule.wants_measurement(number))
-        numbers = self._read(params, *checks, *slopes)
+        numbers = self.read(params, *checks, *slopes)
         checked = self.checks.found(numbers[: len(checks)])
         if not checked.finite or multiplier <= 0:
             return Findings(returned, finite=checked.finite)
         measured = self.meter.measurement(numbers[len(checks) :], len(params), factor, number)
         if not wants_probe:
             return Findings(returned, measurement=measured)
-        step = Step(number, checked, relative_noise(closure, params), lambda *values: self._read(params, *values))
+        step = Step(number, checked, relative_noise(closure, params), lambda *values: self.read(params, *values))
         probed = self.prober.take(base, params, closure, step, multiplier)
         self._counts["probe_forwards"] += asked
         return Findings(returned, True, probed is None or math.isfinite(probed.slope), measured, probed)
@@ -104,7 +104,7 @@ class Measurer:
         if not probe:
             self.prober.forget()
 
-    def _read(self, params: list[Tensor], *values: Tensor | float | list[float]) -> list[float]:
+    def read(self, params: list[Tensor], *values: Tensor | float | list[float]) -> list[float]:
         """Scalars and vectors as Python floats, averaged over ranks: one collective, one synchronisation."""
         device = next(v.device for v in itertools.chain(values, params) if isinstance(v, Tensor))
         return self.reduce(flat(values, device)).tolist()

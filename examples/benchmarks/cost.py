@@ -180,7 +180,7 @@ PROFILED: list[tuple[Any, str, str]] = [
     (Direction, "move_to", "moves to the probes"),
     (Direction, "restore", "return to the origin"),
     (Direction, "slope", "slope"),
-    (Snapshot, "slopes", "displacement slopes"),
+    (Snapshot, "compare", "displacement slopes and sign agreement"),
 ]
 
 

@@ -37,6 +37,7 @@ from cost_bench import Bench, peaks
 
 from hf_lqa import LQA, ReplayedLoss
 from hf_lqa.direction import Direction
+from hf_lqa.measurer import Measurer
 from hf_lqa.prober import Prober
 from hf_lqa.rule import Displacement
 from hf_lqa.slopes import Snapshot
@@ -201,9 +202,8 @@ LABELLED: list[tuple[Any, str, str]] = [
     (Direction, "__init__", "probe: rehearsal, copy of the origin"),
     (Direction, "move_to", "probe: moves"),
     (Direction, "restore", "probe: moves"),
-    (Snapshot, "slopes", "measured: slopes"),
-    (Snapshot, "agreement", "measured: sign agreement"),
-    (LQA, "_read", "lqa: reading numbers"),
+    (Snapshot, "compare", "measured: slopes and sign agreement"),
+    (Measurer, "read", "lqa: reading numbers"),
     (Displacement, "observe", "measured: rule"),
     (torch.optim.AdamW, "step", "base: step"),
 ]
