@@ -190,7 +190,7 @@ class LQA(torch.optim.Optimizer):
     def _advance(self, multiplier: float) -> None:
         """`base.step()` at rates ``base step size * ramp * multiplier_i * lr / unit``."""
         scale = (self.rule.step_size or 0.0) * self.rule.factor(self.counts["steps"]) / self._largest_lr
-        if self.measurer.meter.beginning is None and scale > 0:
+        if self.rule.measures and self.measurer.meter.beginning is None and scale > 0:
             self.measurer.meter.begin(params_of(self.base), with_gradient(self.base))
         with rescaled(self.base, scale, self.multipliers, self._division):
             self.base.step()

@@ -188,7 +188,7 @@ class Bench:
             optimizer.batch_loss, optimizer.batch_closure = loss, replayed
             optimizer.fresh_closure = lambda: compute(fresh)
         if isinstance(optimizer, LQA):
-            optimizer.observe_clipping(norm, 1.0)
+            optimizer.observe_clipping(norm, 1.0, whole=True)
             optimizer.step(replayed)
         else:
             optimizer.step()

@@ -64,6 +64,8 @@ class Displacement:
     name: ClassVar[str] = "displacement"
     #: Whether it has no step sizes without losses at other weights.
     needs_replays: ClassVar[bool] = False
+    #: Whether it ever wants a measurement, for which the first weights must be kept.
+    measures: ClassVar[bool] = True
 
     config: DisplacementConfig = field(default_factory=DisplacementConfig)
     #: Before ramp, schedule and multipliers; `None` until the first step is measured.

@@ -38,6 +38,7 @@ class Paper:
 
     name: ClassVar[str] = "paper"
     needs_replays: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
 
     config: PaperConfig = field(default_factory=PaperConfig)
     step_size: float | None = field(default=None, init=False)
