@@ -279,17 +279,17 @@ def test_micro_batches_of_an_interrupted_step_are_forgotten(tmp_path):
 KILLED = """
 import os, sys
 import torch
-from common import tiny_bert, trained
-from hf_lqa import LQA
+from common import trained
+from hf_lqa.prober import Prober
 torch.set_num_threads(1)
-advance = LQA._advance
+observed = Prober.observed
 
-def die(self, *args, **kwargs):
-    if self.counts["steps"] == 4 and self.counts["probe_forwards"] > 4:
+def die(self, probed):
+    if probed.record.step == 4:
         os._exit(9)  # the probe of the fifth step is done, the step is not
-    advance(self, *args, **kwargs)
+    observed(self, probed)
 
-LQA._advance = die
+Prober.observed = die
 trained(sys.argv[1], save_strategy="steps", save_steps=3, max_steps=6, optim_args="probe_interval=2")
 """
 
