@@ -37,9 +37,14 @@ class Reference:
         for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
             left -= math.sqrt(median)
             if left <= tie:
-                for place, size in matrices:
-                    if size >= median:
-                        body = place
+                count = lambda place: sum(shapes[other] == shapes[place] for other, _ in matrices)  # noqa: E731
+                large = [place for place, size in matrices if size >= median]
+                repeated = [place for place in large if count(place) >= 3]
+                for place in large:
+                    # A classifier after adapters, and larger than they are.
+                    if repeated and count(place) == 1 and shapes[place][0] <= shapes[place][1]:
+                        continue
+                    body = place
                 break
         # Matrices that follow are the head, if one of them is like one other at most. Then vectors move as far.
         heads, alone = [], False

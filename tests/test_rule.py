@@ -60,6 +60,14 @@ def test_a_run_ten_times_as_long_begins_half_as_far():
         # Half of the roots' sum is in the first one, and then not quite.
         ([(9, 9), (5, 5), (4, 4)], [1, 8, 8]),
         ([(9, 9), (5, 5), (5, 5)], [1, 1, 1]),
+        # A classifier's head may be larger than adapters, and may have a square matrix; a table of words is none.
+        ([*3 * [(2, 9), (9, 2)], (4, 9), (4,)], [*6 * [1], 8, 8]),
+        ([*3 * [(2, 9), (9, 2)], (9, 9), (4, 9)], [*6 * [1], 8, 8]),
+        ([*3 * [(2, 9), (9, 2)], (99, 9), (9,)], [*7 * [1], 1]),
+        ([(50, 9), *3 * [(9, 9)], (50, 9), (9,)], [*5 * [1], 1]),
+        ([(4, 9), *3 * [(2, 9), (9, 2)]], 7 * [1]),
+        # Without layers it could be anything.
+        ([(3, 9), (3, 3), (2, 9), (7, 9)], [1, 1, 1, 1]),
         # There is no head where the last large matrix is the last, or nothing trained comes before it.
         ([(9, 9), (9,), (2, 9), (99, 9)], [1, 1, 1, 1]),
         ([(), (2, 9), (9,)], [1, 1, 1]),

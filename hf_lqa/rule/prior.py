@@ -64,14 +64,19 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
     """What multiplies each tensor's step from the start: `head` for those of the head and for vectors, 1 for all else.
 
     The body ends with the last matrix of at least the median size, for which each counts as the root of its size. The
-    matrices after it are the head, unless all of them are repeated: three of one shape are layers. Where there is no
-    head, vectors are not faster, either. Frozen tensors do not count.
+    matrices after it are the head, unless all of them are repeated: three of one shape are layers. Where there are
+    layers, a matrix that is alone of its shape and has no more rows than columns does not end the body: a classifier's
+    head may be larger than adapters. A table of words has more rows. Where there is no head, vectors are not faster,
+    either. Frozen tensors do not count.
     """
     matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n]
     least = _median([n for _, n in matrices])
-    body = max((i for i, n in matrices if n >= least), default=len(shapes))
-    head = {i for i, _ in matrices if i > body}
     alike = Counter(shapes[i] for i, _ in matrices)
+    large = [i for i, n in matrices if n >= least]
+    layers = any(alike[shapes[i]] > 2 for i in large)
+    ends = [i for i in large if not layers or alike[shapes[i]] > 1 or shapes[i][0] > shapes[i][1]]
+    body = max(ends, default=len(shapes))
+    head = {i for i, _ in matrices if i > body}
     # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
     if not any(alike[shapes[i]] <= 2 for i in head):
         return [1.0] * len(shapes)
