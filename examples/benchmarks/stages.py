@@ -162,10 +162,10 @@ STAGES: dict[str, list[Entry]] = {
     # Set-ups of which there were too few, their search tasks and their kept ones.
     "more": [
         (["stsb_lora"], ["lqa", *adamw("3e-4", "3e-2"), *PLAIN, *HEAD], SEEDS, {}),
+        (["banking77_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
         (["trec6_smollm2_lora", "r8_smollm2_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
     ],
     "kept": [
-        (["banking77_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
         (["clinc150_smollm2"], ["lqa", *adamw("1e-4", "1e-3"), *PLAIN, *HEAD], SEEDS, {}),
         (["stsb_smollm2_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
         (["t5_scratch"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN], SEEDS, {}),

@@ -86,7 +86,7 @@ _TASKS = [
     _text("stsb", split="kept", tokens=32, metric="pearson"),
     _text("trec6_lora", ENCODER_LORA),
     _text("stsb_lora", ENCODER_LORA, "search", 32, "pearson"),
-    _text("banking77_lora", ENCODER_LORA, "kept"),
+    _text("banking77_lora", ENCODER_LORA),
     _text("trec6_head", HEAD),
     _text("trec6_smollm2", DECODER),
     _text("r8_smollm2", DECODER),
