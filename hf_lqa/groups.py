@@ -42,9 +42,14 @@ def check_base(base: torch.optim.Optimizer) -> None:
         )
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Of all param groups, in their order: what places count."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def with_gradient(base: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters that a step of `base` moves."""
-    return [p for group in base.param_groups for p in group["params"] if p.grad is not None]
+    return [p for p in params_of(base) if p.grad is not None]
 
 
 def largest_lr(base: torch.optim.Optimizer) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checks import GradientChecks
 from .closures import Caller, relative_noise
+from .groups import params_of
 from .prober import Probed, Prober, Step
 from .rule import Measurement, Rule
 from .rule.radius import RadiusConfig
@@ -96,7 +97,8 @@ class Measurer:
         step = Step(number, checked, relative_noise(closure, params), lambda *values: self.read(params, *values))
         probed = self.prober.take(base, params, closure, step, multiplier)
         self._counts["probe_forwards"] += asked
-        return Findings(returned, True, probed is None or math.isfinite(probed.slope), measured, probed)
+        finite = probed is None or math.isfinite(probed.slope)
+        return Findings(returned, finite=finite, measurement=measured, probed=probed)
 
     def open(self, params: list[Tensor], probe: bool) -> None:
         """Begin anew before the next backward pass, after which a probe is due or not."""
@@ -124,8 +126,3 @@ class Measurer:
         self.prober.load_state_dict(state["radius"])
         self.checks.watch.load_state_dict(state["gradients"])
         self._caller.backpropagates = state["backpropagates"] or None
-
-
-def params_of(base: torch.optim.Optimizer) -> list[Tensor]:
-    """Of all param groups, in their order: what places count."""
-    return [p for group in base.param_groups for p in group["params"]]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import verification
 from .checkpoint import ProbeRecord, packed, take_snapshot, unpacked
-from .groups import Division, check_base, largest_lr, rescaled, with_gradient
-from .measurer import Measurer, params_of
+from .groups import Division, check_base, largest_lr, params_of, rescaled, with_gradient
+from .measurer import Measurer
 from .quadratic import Verdict
 from .rule import Measurement, Rule, build
 from .rule.records import require_steps

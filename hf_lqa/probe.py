@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from .groups import params_of
 from .replay import Forward, ReplayedLoss
 from .slopes import is_sharded
 from .watch import Watch
@@ -66,7 +67,7 @@ class TrainerProbe(ReplayedLoss):
     def __init__(self, trainer: Any, model: nn.Module, weight: float = 1.0):
         super().__init__(model, weight=weight)
         self._trainer = trainer
-        self._owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        self._owned = set(map(id, params_of(trainer.optimizer)))
 
     def _names(self) -> dict[str, Any]:
         return {**super()._names(), type(self._trainer).__name__: self._trainer}
@@ -96,7 +97,7 @@ def recorded(trainer: Any, probe: TrainerProbe) -> Iterator[None]:
         ValueError: the step's gradient is not that of the losses that were recorded.
     """
     lqa, method = trainer.lqa, defined_as(trainer, "training_step")
-    watch = Watch([p for group in lqa.param_groups for p in group["params"]], thorough=lqa.base_step_size is None)
+    watch = Watch(params_of(lqa), thorough=lqa.base_step_size is None)
     calls: list[tuple[Callable[[], Tensor], Forward, Tensor]] = []
     scalars = 0
     in_turn = True

@@ -30,6 +30,13 @@ class Reference:
         typical = math.exp(above / below) if counted else 1.0
         self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
 
+        # How many matrices have a matrix's shape: one is alone, three are layers.
+        alike = {}
+        for place, _ in matrices:
+            alike[place] = 0
+            for other, _ in matrices:
+                alike[place] += shapes[other] == shapes[place]
+
         # The body ends with the last matrix of the median size, where half of all roots is in larger ones.
         body = -1
         left = sum(math.sqrt(size) for _, size in matrices) / 2
@@ -37,12 +44,11 @@ class Reference:
         for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
             left -= math.sqrt(median)
             if left <= tie:
-                count = lambda place: sum(shapes[other] == shapes[place] for other, _ in matrices)  # noqa: E731
                 large = [place for place, size in matrices if size >= median]
-                repeated = [place for place in large if count(place) >= 3]
+                layers = [place for place in large if alike[place] >= 3]
                 for place in large:
                     # A classifier after adapters, and larger than they are.
-                    if repeated and count(place) == 1 and shapes[place][0] <= shapes[place][1]:
+                    if layers and alike[place] == 1 and shapes[place][0] <= shapes[place][1]:
                         continue
                     body = place
                 break
@@ -51,10 +57,7 @@ class Reference:
         for place, _ in matrices:
             if place > body:
                 heads.append(place)
-                alike = 0
-                for other, _ in matrices:
-                    alike += shapes[other] == shapes[place]
-                alone = alone or alike <= 2
+                alone = alone or alike[place] <= 2
         if not alone:
             heads = []
         self.first = []
