@@ -20,7 +20,7 @@ from .slopes import Snapshot, is_sharded
 GROUP_KEY, BEGINNING_KEY = "lqa", "lqa_beginning"
 
 #: Of what LQA keeps in a checkpoint: raised whenever that changes.
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)

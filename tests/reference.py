@@ -65,6 +65,13 @@ class Reference:
             fast = place in heads or (len(shape) == 1 and len(heads) > 0)
             self.first.append(8.0 if fast else 1.0)
 
+        # Layers' matrices that are 16 times as long as wide, or the other way round, are adapters.
+        self.adapters = []
+        for place, _ in matrices:
+            long, short = max(shapes[place]), min(shapes[place])
+            if alike[place] >= 3 and long >= 16 * short:
+                self.adapters.append(place)
+
         self.base = self.most = None
         self.agreement, self.agreements = 0.0, 0
         self.drift = [0.0] * len(shapes)
@@ -118,6 +125,7 @@ class Reference:
             self.mean_squares[place] = mean_square
             z = slope / math.sqrt(mean_square / (1 - 0.8**self.measurements))
             z = 2.0 if z > 2 else -2.0 if z < -2 else z
+            z = 0.0 if place in self.adapters else z
             self.drift[place] -= self.eta * weight * z
 
         # Together all that ever had one move as far as before.

@@ -309,7 +309,7 @@ def test_a_process_that_is_killed_between_probe_and_step_resumes(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 4}, "is of version 4, this hf_lqa reads version 5"),
+        ({"version": 5}, "is of version 5, this hf_lqa reads version 6"),
         ({"version": None}, "is of version None"),
         ({"rule": {"name": "paper", "state": {}}}, "saved with the rule 'paper', not 'displacement'"),
     ],

@@ -141,7 +141,13 @@ def test_a_rule_survives_its_state_dict(name, observations, stop):
 
 
 sides = st.integers(1, 40)
-shapes = st.one_of(st.just(()), st.tuples(sides), st.tuples(st.integers(0, 40), sides), st.tuples(sides, sides, sides))
+shapes = st.one_of(
+    st.just(()),
+    st.tuples(sides),
+    st.tuples(st.integers(0, 40), sides),
+    st.tuples(sides, sides, sides),
+    st.sampled_from([(2, 32), (32, 2)]),  # of adapters
+)
 slopes = st.one_of(
     st.sampled_from([None, 0.0, math.inf, math.nan]), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6), st.floats(-2, -1)
 )

@@ -12,7 +12,7 @@ from hf_lqa import LQA, Fit, Verdict
 from hf_lqa.rule import Displacement, DisplacementConfig, Measurement, Paper, PaperConfig, build
 from hf_lqa.rule.agreement import Agreement, averaged, moved
 from hf_lqa.rule.multipliers import MultiplierConfig, Multipliers, rounded, updated
-from hf_lqa.rule.prior import PriorConfig, base_step_size, head_multipliers, typical_size
+from hf_lqa.rule.prior import PriorConfig, adapters, base_step_size, head_multipliers, typical_size
 from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
 
 PRIOR, TURN, REACH = PriorConfig(), MultiplierConfig(), RadiusConfig()
@@ -81,6 +81,22 @@ def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
     assert head_multipliers(shapes, PRIOR) == found
 
 
+@pytest.mark.parametrize(
+    "shapes, found",
+    [
+        ([*3 * [(2, 32), (32, 2)], (4, 32), (4,)], [*range(6)]),
+        # One side alike is not enough, nor is a table that is alone, nor vectors, nor what is frozen.
+        ([*3 * [(2, 32), (2, 31)]], [0, 2, 4]),
+        ([(640, 9), (640, 9), *3 * [(9, 9), (9,)]], []),
+        ([*3 * [(99,)], *3 * [()], *3 * [(0, 9)], *3 * [(2, 4, 99)]], []),
+        # Keys and values that all heads share.
+        (4 * [(256, 2048)], []),
+    ],
+)
+def test_adapters_are_thin_and_repeated(shapes, found):
+    assert adapters(shapes, PRIOR) == found
+
+
 def after(slopes, sizes, weight=0.5, state=None, times=1):
     state = Multipliers.started([1.0] * len(sizes)) if state is None else state
     for _ in range(times):
@@ -98,6 +114,15 @@ def test_a_tensor_that_would_go_on_moves_further_and_one_that_has_gone_too_far_l
     fainter = after([-3.0, 1e-6], [5, 5], weight=0.05)
     assert fainter.drift[0] - fainter.drift[1] == pytest.approx((state.drift[0] - state.drift[1]) / 10)
     assert state.count == 1 and state.first == (1.0, 1.0)
+
+
+def test_adapters_go_together_whatever_their_own_slopes_say():
+    """Here they are the first two; what comes after them turns, and all go as far as before."""
+    sizes, still = [9, 9, 9, 9], Multipliers.started([1.0] * 4, [0, 1])
+    state = after([-1.0, 1.0, 1.0, -1.0], sizes, state=still, times=3)
+    assert state.drift[0] == state.drift[1] and state.drift[2] < state.drift[0] < state.drift[3]
+    assert sum(math.exp(2 * drift) for drift in state.drift) == pytest.approx(4)
+    assert after([-1.0, 1.0, None, None], sizes, state=still, times=5).drift == (0.0,) * 4
 
 
 def test_multipliers_turn_a_step_and_leave_its_length():

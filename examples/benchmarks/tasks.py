@@ -87,6 +87,8 @@ _TASKS = [
     _text("trec6_lora", ENCODER_LORA),
     _text("stsb_lora", ENCODER_LORA, "search", 32, "pearson"),
     _text("banking77_lora", ENCODER_LORA),
+    _text("clinc150_lora", ENCODER_LORA),
+    _text("r8_lora", ENCODER_LORA, "kept"),
     _text("trec6_head", HEAD),
     _text("trec6_smollm2", DECODER),
     _text("r8_smollm2", DECODER),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..quadratic import Fit, Verdict
 from .agreement import Agreement, averaged, moved
 from .multipliers import MultiplierConfig, Multipliers, rounded, updated
-from .prior import PriorConfig, base_step_size, head_multipliers
+from .prior import PriorConfig, adapters, base_step_size, head_multipliers
 from .records import Measurement, require_interval
 
 
@@ -121,8 +121,9 @@ class Displacement:
             growth: how many times a first update later ones become, as momentum builds up.
         """
         self.sizes, self.growth = tuple(sizes), growth
-        self.prior = base_step_size(shapes, self.total_steps, self.config.prior) / growth
-        self.state = Multipliers.started(head_multipliers(shapes, self.config.prior))
+        prior = self.config.prior
+        self.prior = base_step_size(shapes, self.total_steps, prior) / growth
+        self.state = Multipliers.started(head_multipliers(shapes, prior), adapters(shapes, prior))
 
     def start(self, begun: float) -> None:
         """Begin without a probe.
@@ -173,4 +174,6 @@ class Displacement:
         self.step_size, self.ceiling, self.sizes = state["step_size"], state["ceiling"], tuple(state["sizes"])
         self.agreement = Agreement(**state["agreement"])
         kept = state["multipliers"]
-        self.state = Multipliers(tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"])
+        self.state = Multipliers(
+            tuple(kept["first"]), tuple(kept["drift"]), tuple(kept["mean_squares"]), kept["count"], tuple(kept["still"])
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .records import is_number, require, weights_of
 
@@ -39,17 +39,19 @@ class Multipliers:
         drift: logarithm of how far each has moved from there.
         mean_squares: decaying sum of each tensor's squared slopes.
         count: measurements so far.
+        still: places of those that their own slopes do not move.
     """
 
     first: tuple[float, ...] = ()
     drift: tuple[float, ...] = ()
     mean_squares: tuple[float, ...] = ()
     count: int = 0
+    still: tuple[int, ...] = ()
 
     @classmethod
-    def started(cls, first: Sequence[float]) -> Multipliers:
+    def started(cls, first: Sequence[float], still: Sequence[int] = ()) -> Multipliers:
         zeros = (0.0,) * len(first)
-        return cls(tuple(first), zeros, zeros)
+        return cls(tuple(first), zeros, zeros, still=tuple(still))
 
 
 def updated(
@@ -65,8 +67,9 @@ def updated(
         drift_i -= eta w z_i,        z_i = clip(s_i / rms(s_i))
 
     with the displacement slope ``s_i`` of tensor ``i`` and the root ``rms`` of its decaying, bias-corrected mean
-    square. Then their mean square, weighted by the root of each tensor's size, is set to 1: multipliers turn a step,
-    and leave its length to the base step size. A tensor that never had a slope has the drift of the one before it.
+    square; ``z_i = 0`` for those that are `still`. Then their mean square, weighted by the root of each tensor's size,
+    is set to 1: multipliers turn a step, and leave its length to the base step size. A tensor that never had a slope
+    has the drift of the one before it.
 
     Args:
         slopes: displacement slopes in units of the loss, `None` where unknown; those of more tensors than the state
@@ -75,7 +78,7 @@ def updated(
         weight: how much the measurement counts, ``w``, ``>= 0``.
         memory: decay of the mean squares.
     """
-    bias = 1 - memory ** (state.count + 1)
+    bias, still = 1 - memory ** (state.count + 1), {*state.still}
     drift, squares = list(state.drift), list(state.mean_squares)
     for i, slope in enumerate(slopes[: len(drift)]):
         if slope is None or not slope * slope < math.inf:
@@ -83,7 +86,7 @@ def updated(
         square = memory * squares[i] + (1 - memory) * slope * slope
         if slope and square > 0:
             squares[i] = square
-            z = slope / math.sqrt(square / bias)
+            z = 0.0 if i in still else slope / math.sqrt(square / bias)
             drift[i] -= config.eta * weight * min(max(z, -config.clip), config.clip)
     measured = [i for i, square in enumerate(squares) if square]
     if measured:
@@ -95,7 +98,7 @@ def updated(
         last = drift[measured[0]]
         for i, square in enumerate(squares):
             last = drift[i] = drift[i] if square else last
-    return Multipliers(state.first, tuple(drift), tuple(squares), state.count + 1)
+    return replace(state, drift=tuple(drift), mean_squares=tuple(squares), count=state.count + 1)
 
 
 def rounded(state: Multipliers, count: int, config: MultiplierConfig) -> list[float]:
