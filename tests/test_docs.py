@@ -247,6 +247,8 @@ def test_the_readme_and_the_pages_keep_their_length():
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
     for name, most in (("method", 140), ("design", 80)):
         assert len(page(name).splitlines()) <= most, name
+    # Two pages of print.
+    assert len((ROOT / "examples" / "benchmarks" / "NOTES.md").read_text(encoding="utf-8").split()) <= 1250
 
 
 #: The records that hold the rules' constants, in the order of the method page's table.
@@ -265,6 +267,29 @@ def test_the_method_page_has_every_constant_of_the_code():
     expected = "\n".join(map(row_of_constants, CONFIGS))
     found = page("method").partition("\n## Constants\n")[2].partition("|---|---|\n")[2].strip()
     assert found == expected, f"hf_lqa/docs/method.md: the rows at its end have to be\n\n{expected}\n"
+
+
+#: What else pages say of constants: words, and the value that they are of.
+SAID = [
+    ("examples/TROUBLESHOOTING.md", "over {:.0f} % of the run", 100 * DisplacementConfig().ramp),
+    (
+        "examples/TROUBLESHOOTING.md",
+        "changes the first batch's loss by at least `tau`, {:.0f} %.",
+        100 * RadiusConfig().tau,
+    ),
+    ("examples/TROUBLESHOOTING.md", "start at {} times the logged rate", PriorConfig().head),
+    ("examples/TROUBLESHOOTING.md", "within a factor of {} of that", MultiplierConfig().bound),
+    ("examples/TROUBLESHOOTING.md", "it is taken for one of {:,} steps", PriorConfig().unknown),
+    ("examples/TROUBLESHOOTING.md", "at the first step and every {} steps", DisplacementConfig().probe_interval),
+    ("hf_lqa/docs/costs.md", "each of the first {} steps after the first one", DisplacementConfig().dense - 1),
+]
+
+
+@pytest.mark.parametrize("file, words, value", SAID)
+def test_pages_say_of_constants_what_they_are(file, words, value):
+    spelled = {2.0: "two", 8.0: "eight"}
+    text = " ".join((ROOT / file).read_text(encoding="utf-8").split())
+    assert words.format(spelled.get(value, value)) in text
 
 
 def test_the_readme_has_every_option_with_its_default():
