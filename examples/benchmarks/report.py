@@ -41,10 +41,12 @@ def report(runs: list[Run], folder: Path) -> str:
         draw(tables, chosen, folder / name)
         if (folder / name).exists():
             parts.append(f"![{caption}]({name})\n\n{caption}.")
-    about_changes = (
+    about_parts = (
         "Loss over that of `lqa` as it is, seed by seed: geometric mean over settings, and ± the standard error over"
-        " seeds. Learning rate: over the default's when four fifths of a run were over. Every constant of the rule is"
-        " halved and doubled, of `memory` the complement. `tau=0.0303`, 1 % more, shows chance. `lqa_adamw` is"
+        " seeds. Learning rate: over the default's when four fifths of a run were over."
+    )
+    about_changes = (
+        "As above. Every constant of the rule is halved and doubled, of `memory` the complement. `tau=0.0303`, 1 % more, shows chance. `lqa_adamw` is"
         " `LQAAdamW` without a closure."
     )
     about_ranks = (
@@ -58,7 +60,8 @@ def report(runs: list[Run], folder: Path) -> str:
         " options. Failed: NaN, or no better than the commonest class, the mean, or the untrained model."
     )
     titled = [
-        ("Constants changed", about_changes, sections.ablations(tables)),
+        ("Without one part", about_parts, sections.without_parts(tables)),
+        ("Constants changed", about_changes, sections.changes(tables)),
         ("Other settings", about_settings, sections.other_settings(tables)),
         ("Mean rank", about_ranks, sections.ranks(chosen)),
         ("Failures of methods without a rate", "In tasks' default settings.", sections.failures(chosen)),

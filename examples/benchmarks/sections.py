@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import tasks
 from methods import REFERENCES, alias, parse_method, rate_of, swept, without_rate
 from results import EARLY, Run, mean
+from stages import PARTS
 from sweeps import Table, geometric_mean
 from yardstick import HEAD, METHODS, header, ratio, row
 
@@ -48,12 +49,22 @@ def _changed(table: Table, method: str) -> tuple[list[float], list[float]] | Non
     return losses, [value for value in rates if math.isfinite(value) and value > 0]
 
 
-def ablations(tables: Sequence[Table]) -> str:
-    """``lqa+OPTION=VALUE`` and `LQAAdamW` over `lqa`: over all settings, then setting by setting."""
-    found = {m for table in tables for m in table.methods}
+def without_parts(tables: Sequence[Table]) -> str:
+    """`lqa` without one of its parts over `lqa`."""
+    return _variants(tables, {f"lqa+{change}": f"{part} (`{change}`)" for change, part in PARTS.items()})
+
+
+def changes(tables: Sequence[Table]) -> str:
+    """``lqa+OPTION=VALUE`` and `LQAAdamW` over `lqa`."""
+    found = {m for table in tables for m in table.methods} - {f"lqa+{change}" for change in PARTS}
     methods = sorted(m for m in found if m == "lqa_adamw" or (m.startswith("lqa+") and "=" in m))
+    return _variants(tables, {method: f"`{method.removeprefix('lqa+')}`" for method in methods})
+
+
+def _variants(tables: Sequence[Table], methods: Mapping[str, str]) -> str:
+    """Methods, and what they are called, over `lqa`: over all settings, then setting by setting."""
     rows = []
-    for method in methods:
+    for method, name in methods.items():
         pairs = {t.title(): pair for t in tables if not t.varied and (pair := _changed(t, method))}
         if not pairs:
             continue
@@ -66,7 +77,7 @@ def ablations(tables: Sequence[Table]) -> str:
             each.append(f"{title.partition(':')[0]} {means[title]:.3f}{error} ({len(losses)})")
         rate = f"{geometric_mean(rates):.2f}" if rates else ""
         total = f"{geometric_mean(means.values()):.3f} | {ratio(means[worst])}, {worst}"
-        rows.append(f"| `{method.removeprefix('lqa+')}` | {len(pairs)} | {total} | {rate} | {'; '.join(each)} |")
+        rows.append(f"| {name} | {len(pairs)} | {total} | {rate} | {'; '.join(each)} |")
     names = ["change", "settings", "ratio", "worst setting", "learning rate", "each setting, and number of seeds"]
     return "\n".join([*header(names, []), *rows]) if rows else ""
 

@@ -25,6 +25,15 @@ CHANGES += ["length=0.28", "length=1.12", "decay=0.15", "decay=0.6", "head=4", "
 CHANGES += ["bound=1.4142", "bound=4", "clip=1", "clip=4", "gain=2", "gain=8", "fading=2", "fading=8"]
 CHANGES += ["ramp=0.015", "ramp=0.06", "dense=8", "dense=32", "to_a_doubling=1", "to_a_doubling=4"]
 CHANGES += ["thin=8", "thin=32", "tau=0.0303"]
+#: A constant at which one part of the rule does nothing, and what that part is.
+PARTS = {
+    "length=0.000001": "the start that shapes give; the probe's radius is left",
+    "head=1": "the first multiplier of head and vectors",
+    "ramp=0": "the ramp",
+    "gain=0": "moves of the base step size",
+    "bound=1": "moves of per-tensor multipliers",
+    "thin=1000000": "what tells adapters apart",
+}
 
 TEXTS = ("trec6", "banking77", "sms_spam", "vader_tweets", "r8")
 PAPER = tasks.named(tasks.PAPER)
@@ -83,6 +92,14 @@ STAGES: dict[str, list[Entry]] = {
         )
     ],
     "insensitivity": [(["trec6", "sms_spam", *PAPER], [f"lqa+{change}" for change in CHANGES], SEEDS[:2], {})],
+    "parts": [
+        (
+            ["trec6", "sms_spam", "r8", "trec6_lora", "banking77_lora", *PAPER],
+            [f"lqa+{p}" for p in PARTS],
+            SEEDS[:2],
+            {},
+        )
+    ],
     "without_closure": [([*TEXTS, "trec6_lora"], ["lqa", "lqa_adamw"], SEEDS, {})],
     # AdamW at the rate that is best on the other seeds, and the next to best where it is near.
     "seeds": [
