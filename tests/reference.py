@@ -30,47 +30,52 @@ class Reference:
         typical = math.exp(above / below) if counted else 1.0
         self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
 
-        # How many matrices have a matrix's shape: one is alone, three are layers.
+        # Adapters: of each rank the first wide matrix and the first that takes its result, then the second ones.
+        self.adapters, last_wide = [], -1
+        for rank in {shapes[place][0] for place, _ in matrices}:
+            wide = [place for place, _ in matrices if shapes[place][0] == rank and shapes[place][1] >= 6 * rank]
+            tall = [place for place, _ in matrices if shapes[place][1] == rank]
+            pairs = []
+            for k in range(min(len(wide), len(tall))):
+                if wide[k] < tall[k]:
+                    pairs.append((wide[k], tall[k]))
+            if len(pairs) >= 3:
+                for first, second in pairs:
+                    self.adapters += [first, second]
+                    last_wide = max(last_wide, first)
+
+        # How many other matrices have a matrix's shape: one is alone, three are layers.
+        matrices = [(place, size) for place, size in matrices if place not in self.adapters]
         alike = {}
         for place, _ in matrices:
             alike[place] = 0
             for other, _ in matrices:
                 alike[place] += shapes[other] == shapes[place]
 
-        # The body ends with the last matrix of the median size, where half of all roots is in larger ones.
-        body = -1
-        left = sum(math.sqrt(size) for _, size in matrices) / 2
-        tie = 1e-9 * left
-        for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
-            left -= math.sqrt(median)
-            if left <= tie:
-                large = [place for place, size in matrices if size >= median]
-                layers = [place for place in large if alike[place] >= 3]
-                for place in large:
-                    # A classifier after adapters, and larger than they are.
-                    if layers and alike[place] == 1 and shapes[place][0] <= shapes[place][1]:
-                        continue
-                    body = place
-                break
-        # Matrices that follow are the head, if one of them is like one other at most. Then vectors move as far.
-        heads, alone = [], False
-        for place, _ in matrices:
-            if place > body:
-                heads.append(place)
-                alone = alone or alike[place] <= 2
-        if not alone:
-            heads = []
+        heads = []
+        if self.adapters:
+            # After them the head is what is no layer, and no table.
+            for place, _ in matrices:
+                if place > last_wide and alike[place] <= 2 and shapes[place][0] <= shapes[place][1]:
+                    heads.append(place)
+        elif matrices:
+            # The body ends with the last matrix of the median size, where half of all roots is in larger ones.
+            left = sum(math.sqrt(size) for _, size in matrices) / 2
+            tie = 1e-9 * left
+            for _, median in sorted(matrices, key=lambda matrix: matrix[1], reverse=True):
+                left -= math.sqrt(median)
+                if left <= tie:
+                    break
+            body = max(place for place, size in matrices if size >= median)
+            # Matrices that follow are the head, if one of them is like one other at most.
+            heads = [place for place, _ in matrices if place > body]
+            if all(alike[place] > 2 for place in heads):
+                heads = []
+        # Then vectors move as far.
         self.first = []
         for place, shape in enumerate(shapes):
             fast = place in heads or (len(shape) == 1 and len(heads) > 0)
             self.first.append(8.0 if fast else 1.0)
-
-        # Layers' matrices that are 16 times as long as wide, or the other way round, are adapters.
-        self.adapters = []
-        for place, _ in matrices:
-            long, short = max(shapes[place]), min(shapes[place])
-            if alike[place] >= 3 and long >= 16 * short:
-                self.adapters.append(place)
 
         self.base = self.most = None
         self.agreement, self.agreements = 0.0, 0

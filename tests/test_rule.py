@@ -47,6 +47,10 @@ def test_a_run_ten_times_as_long_begins_half_as_far():
     assert unknown == at_1000
 
 
+#: An adapter of a matrix.
+LORA = [(2, 12), (12, 2)]
+
+
 @pytest.mark.parametrize(
     "shapes, found",
     [
@@ -61,12 +65,16 @@ def test_a_run_ten_times_as_long_begins_half_as_far():
         ([(9, 9), (5, 5), (4, 4)], [1, 8, 8]),
         ([(9, 9), (5, 5), (5, 5)], [1, 1, 1]),
         # A classifier's head may be larger than adapters, and may have a square matrix; a table of words is none.
-        ([*3 * [(2, 9), (9, 2)], (4, 9), (4,)], [*6 * [1], 8, 8]),
-        ([*3 * [(2, 9), (9, 2)], (9, 9), (4, 9)], [*6 * [1], 8, 8]),
-        ([*3 * [(2, 9), (9, 2)], (99, 9), (9,)], [*7 * [1], 1]),
+        ([*3 * LORA, (4, 12), (4,)], [*6 * [1], 8, 8]),
+        ([*3 * LORA, (12, 12), (4, 12)], [*6 * [1], 8, 8]),
+        ([*3 * LORA, (99, 12), (12,)], [*7 * [1], 1]),
+        ([(4, 12), *3 * LORA], 7 * [1]),
+        # It may have as many classes as adapters have ranks, and stand before their second half.
+        ([*3 * LORA, (2, 12), (2,)], [*6 * [1], 8, 8]),
+        ([*3 * [(2, 12)], (2, 12), *3 * [(12, 2)], (2,)], [1, 1, 1, 8, 1, 1, 1, 8]),
+        # Other layers are trained beside them.
+        ([*3 * [*LORA, (12, 12)], (2, 12), (2,)], [*9 * [1], 8, 8]),
         ([(50, 9), *3 * [(9, 9)], (50, 9), (9,)], [*5 * [1], 1]),
-        ([(4, 9), *3 * [(2, 9), (9, 2)]], 7 * [1]),
-        # Without layers it could be anything.
         ([(3, 9), (3, 3), (2, 9), (7, 9)], [1, 1, 1, 1]),
         # There is no head where the last large matrix is the last, or nothing trained comes before it.
         ([(9, 9), (9,), (2, 9), (99, 9)], [1, 1, 1, 1]),
@@ -84,16 +92,22 @@ def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
 @pytest.mark.parametrize(
     "shapes, found",
     [
-        ([*3 * [(2, 32), (32, 2)], (4, 32), (4,)], [*range(6)]),
-        # One side alike is not enough, nor is a table that is alone, nor vectors, nor what is frozen.
-        ([*3 * [(2, 32), (2, 31)]], [0, 2, 4]),
+        ([*3 * LORA, (4, 12), (4,)], [*range(6)]),
+        ([*3 * LORA, (2, 12), (2,)], [*range(6)]),
+        # Of all first halves before all second ones; of layers of several sizes; of values that heads share.
+        ([*4 * [(2, 12)], *3 * [(12, 2)]], [0, 1, 2, 4, 5, 6]),
+        ([(2, 12), (12, 2), (2, 48), (12, 2), (2, 12), (48, 2)], [*range(6)]),
+        (3 * [(4, 24), (8, 4)], [*range(6)]),
+        # Two are not enough, nor what is not thin, a layer's own matrices, tables, vectors, or what is frozen.
+        (2 * LORA, []),
+        (3 * [(2, 11), (11, 2)], []),
+        (3 * [(48, 8), (8, 48)], []),
+        (4 * [(8, 8), (1, 8), (1, 8), (8, 8), (64, 8), (8, 64)], []),
         ([(640, 9), (640, 9), *3 * [(9, 9), (9,)]], []),
         ([*3 * [(99,)], *3 * [()], *3 * [(0, 9)], *3 * [(2, 4, 99)]], []),
-        # Keys and values that all heads share.
-        (4 * [(256, 2048)], []),
     ],
 )
-def test_adapters_are_thin_and_repeated(shapes, found):
+def test_adapters_are_pairs_of_a_wide_matrix_and_one_that_takes_its_result(shapes, found):
     assert adapters(shapes, PRIOR) == found
 
 

@@ -46,8 +46,8 @@ def report(runs: list[Run], folder: Path) -> str:
         " seeds. Learning rate: over the default's when four fifths of a run were over."
     )
     about_changes = (
-        "As above. Every constant of the rule is halved and doubled, of `memory` the complement. `tau=0.0303`, 1 % more, shows chance. `lqa_adamw` is"
-        " `LQAAdamW` without a closure."
+        "As above. Every constant of the rule is halved and doubled, of `memory` the complement. `tau=0.0303`, 1 %"
+        " more, shows chance. `lqa_adamw` is `LQAAdamW` without a closure."
     )
     about_ranks = (
         "By mean validation loss over the seeds that all have, of the methods without a rate that ran on all tasks, and"

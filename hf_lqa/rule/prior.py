@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,15 +22,14 @@ class PriorConfig:
         head: how much further a head and vectors move. A fresh head has more to learn than what is below it, and learns
             before the body has followed its noise.
         unknown: steps that a run is taken to have where nobody says.
-        thin: how many times as long as its other side an adapter's matrix is, at least. In whole models those of keys
-            and values have up to 8; of rank 16 in a model of width 384 it is 24.
+        thin: of how many times as many columns as rows a matrix is an adapter's, if one that takes its result follows.
     """
 
     length: float = 0.56
     decay: float = 0.3
     head: float = 8.0
     unknown: int = 1000
-    thin: int = 16
+    thin: int = 6
 
 
 def typical_size(shapes: Sequence[tuple[int, ...]]) -> float:
@@ -68,33 +67,48 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
 
     The body ends with the last matrix of at least the median size, for which each counts as the root of its size. The
     matrices after it are the head, unless all of them are repeated: three of one shape are layers. Where there are
-    layers, a matrix that is alone of its shape and has no more rows than columns does not end the body: a classifier's
-    head may be larger than adapters. A table of words has more rows. Where there is no head, vectors are not faster,
-    either. Frozen tensors do not count.
+    adapters, it is what comes after the last of their wide matrices, is not repeated, and has no more rows than
+    columns: a table of words has more. Where there is no head, vectors are not faster, either. Frozen tensors do not
+    count.
     """
-    matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n]
-    least = _median([n for _, n in matrices])
+    adapted = {*adapters(shapes, config)}
+    matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n and i not in adapted]
     alike = Counter(shapes[i] for i, _ in matrices)
-    large = [i for i, n in matrices if n >= least]
-    layers = any(alike[shapes[i]] > 2 for i in large)
-    ends = [i for i in large if not layers or alike[shapes[i]] > 1 or shapes[i][0] > shapes[i][1]]
-    body = max(ends, default=len(shapes))
-    head = {i for i, _ in matrices if i > body}
     # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
-    if not any(alike[shapes[i]] <= 2 for i in head):
+    single = {i for i, _ in matrices if alike[shapes[i]] <= 2}
+    if adapted:
+        body = max(i for i in adapted if shapes[i][0] < shapes[i][1])
+        head = {i for i in single if i > body and shapes[i][0] <= shapes[i][1]}
+    else:
+        least = _median([n for _, n in matrices])
+        body = max((i for i, n in matrices if n >= least), default=len(shapes))
+        head = {i for i, _ in matrices if i > body}
+    if not head & single:
         return [1.0] * len(shapes)
     return [config.head if i in head or len(shape) == 1 else 1.0 for i, shape in enumerate(shapes)]
 
 
 def adapters(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[int]:
-    """The places of an adapter's matrices, as LoRA's are: repeated, and `thin` times as long on one side.
+    """The places of adapters' matrices, as LoRA's are: pairs, at least three of a rank, of which the second takes the
+    first one's result. The first is wide, with few rows.
 
-    A table of words is as thin, but alone. An adapter's displacement slopes differ by chance, or by what does not help:
-    multipliers that follow them end at a tenth more loss under a fresh head.
+    What is left over is none: a head of as many classes. In a layer of a whole model the wide matrix comes last. An
+    adapter's displacement slopes differ by chance, or by what does not help: multipliers that follow them end at a
+    tenth more loss under a fresh head.
     """
-    alike = Counter(shapes)
-    thin = {shape for shape in alike if len(shape) == 2 and 0 < config.thin * min(shape) <= max(shape)}
-    return [i for i, shape in enumerate(shapes) if shape in thin and alike[shape] > 2]
+    wide: dict[int, list[int]] = defaultdict(list)
+    tall: dict[int, list[int]] = defaultdict(list)
+    for i, n in enumerate(_matrices(shapes)):
+        if n:
+            rows, columns = shapes[i]
+            tall[columns].append(i)
+            if config.thin * rows <= columns:
+                wide[rows].append(i)
+    found: list[int] = []
+    for rank, places in wide.items():
+        pairs = [(a, b) for a, b in zip(places, tall[rank], strict=False) if a < b]
+        found += itertools.chain(*pairs) if len(pairs) > 2 else ()
+    return sorted(found)
 
 
 def _median(sizes: Sequence[int]) -> int:
