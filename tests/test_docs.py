@@ -304,6 +304,40 @@ def test_the_readme_has_every_option_with_its_default():
     assert documented["probe_interval"] == f"{rule.config.probe_interval} (`lqa_paper`: {paper}), none"
 
 
+#: The rows of the README's table, by their first words, and what they are in the report: split, kind, steps.
+OF_REPORT = {
+    "encoder, whole: 7 tasks": [("Search", "encoder", "up to 100")],
+    "the same: 5 tasks": [("Search", "encoder", "101 to 499"), ("Search", "encoder", "500 and more")],
+    "encoder, whole, kept": [("Kept", "encoder", "101 to 499")],
+    "encoder, LoRA": [("Search", "encoder, LoRA", "up to 100")],
+    "decoder as a classifier": [("Search", "decoder classifier", "up to 100")],
+    "language model": [
+        ("Search", kind, "up to 100") for kind in ("language model", "language model, LoRA", "masked language model")
+    ],
+}
+
+
+def test_the_readmes_table_is_the_reports():
+    """Where this fails after runs were added: copy the figures from the first table of the split."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| set-up |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) == len(OF_REPORT)
+    report = (ROOT / "examples" / "benchmarks" / "REPORT.md").read_text(encoding="utf-8")
+    for row, (name, keys) in zip(rows, OF_REPORT.items(), strict=True):
+        assert row.startswith(f"| {name}")
+        columns = [[figure.strip("* ") for figure in cell.split(";")] for cell in row.strip("| ").split(" |")[1:]]
+        for place, (split, kind, steps) in enumerate(keys):
+            summary = report.partition(f"### {split} tasks")[2].partition("\n\nOn the settings")[0]
+            line = summary.partition(f"\n| {kind} | {steps} |")[2].partition("\n")[0]
+            own, *_, formula = (re.findall(r"[+-]?\d+\.\d+", cell) for cell in line.split("|")[:4])
+            assert columns[0][place] == own[0], row
+            if len(columns[1]) == len(keys):
+                assert [columns[1][place], columns[4][place]] == own[1:], row
+                assert [columns[2][place], columns[3][place]] == formula[:2], row
+            else:  # the worst of all
+                assert columns[1][0] >= own[1]
+
+
 def test_the_design_page_names_every_module_and_no_other():
     package = ROOT / "hf_lqa"
     modules = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")}
