@@ -326,6 +326,20 @@ def test_lora_moves_only_the_adapters(tmp_path):
     )
 
 
+@pytest.mark.parametrize("classes", [2, 3, 12])
+def test_loras_head_is_found_whatever_its_number_of_classes(tmp_path, classes):
+    """Two are as many as ranks: the head has an adapter's shape. Twelve make it larger than adapters."""
+    model = lora(classes)
+    trainer, _, _ = run(tmp_path, model, rows(num_labels=classes), optim="lqa", optim_args=None, max_steps=12)
+    names = {p: name for name, p in model.named_parameters()}
+    params = [names[p] for group in trainer.lqa.param_groups for p in group["params"]]
+    found = dict(zip(params, trainer.lqa.multipliers, strict=True))
+    head = [value for name, value in found.items() if "classifier" in name]
+    adapters = {value for name, value in found.items() if "lora" in name}
+    assert len(head) == 2 and all(4 <= value <= 16 for value in head)
+    assert len(adapters) == 1 and 0.5 <= adapters.pop() <= 2, "adapters go together"
+
+
 def test_frozen_layers_stay(tmp_path):
     model = tiny_bert()
     model.bert.requires_grad_(False)
@@ -479,11 +493,11 @@ def test_torch_compile(backend, tmp_path):
         assert step["losses"] == pytest.approx(reference["losses"], rel=1e-5)
 
 
-def lora():
+def lora(num_labels=3):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
     torch.manual_seed(0)
-    return peft.get_peft_model(tiny_bert(), config)
+    return peft.get_peft_model(tiny_bert(num_labels=num_labels), config)
 
 
 RESUMED = {
