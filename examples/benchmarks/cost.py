@@ -4,7 +4,7 @@
 
     python examples/benchmarks/cost.py --steps 200
     python examples/benchmarks/cost.py --models minilm smollm2 smollm2_lora --steps 24 --batch_size 4 --length 64
-    python examples/benchmarks/cost.py --models llama-128 llama-256 llama-512 --batch_size 1 4 16 --curve cost.png
+    python examples/benchmarks/cost.py --models llama-128 llama-256 llama-512 --batch_size 1 4 16
     python examples/benchmarks/cost.py --memory
     python examples/benchmarks/cost.py --profile
     python examples/benchmarks/cost.py --gpu costs.json
@@ -72,7 +72,6 @@ def measure(bench: Bench, steps: int) -> dict[str, dict[str, float]]:
 
 
 def time_table(options: argparse.Namespace) -> None:
-    curve = []
     for model in options.models:
         for batch_size in options.batch_size:
             for length in options.length:
@@ -91,30 +90,6 @@ def time_table(options: argparse.Namespace) -> None:
                     own = found[name]
                     cells = ["" if own[k] != own[k] else f"{own[k]:.3f}" for k in ("whole", "plain", "probe")]
                     print(f"| {name} | {' | '.join(cells)} | {own['probes']} |", flush=True)
-                curve.append((model, parameters, batch_size, length, found))
-    if options.curve:
-        draw(curve, options.curve)
-
-
-def draw(curve: list[tuple[str, int, int, int, dict[str, dict[str, float]]]], path: Path) -> None:
-    """Probe steps and others of ``lqa``, over AdamW's, against the number of weights, a line for each batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for ax, kind, title in zip(axes, ("probe", "plain"), ("probe step", "step without a probe"), strict=True):
-        for (batch_size, length), marker in zip(
-            dict.fromkeys((b, n) for _, _, b, n, _ in curve), "os^Dv<>", strict=False
-        ):
-            points = [(w / 1e6, f["lqa"][kind]) for _, w, b, n, f in curve if (b, n) == (batch_size, length)]
-            ax.plot(*zip(*points, strict=True), marker=marker, label=f"{batch_size} x {length} tokens")
-        ax.axhline(1, color="0.5", linewidth=0.8)
-        ax.set(xscale="log", xlabel="weights (millions)", ylabel="time / AdamW's step", title=f"lqa: {title}")
-    axes[0].legend(title="batch", fontsize="small")
-    figure.savefig(path, dpi=110)
-    print(f"\n{path}")
 
 
 def memory_table(options: argparse.Namespace) -> None:
@@ -196,7 +171,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, nargs="+", default=[16])
     parser.add_argument("--length", type=int, nargs="+", default=[64])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of autocast")
-    parser.add_argument("--curve", type=Path, help="PNG of the cost of lqa against the number of weights")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
     parser.add_argument("--profile", action="store_true", help="parts of a probe step in place of whole steps")
     parser.add_argument("--gpu", type=Path, metavar="FILE", help="write all costs on an accelerator to FILE")
