@@ -86,7 +86,7 @@ LORA = [(2, 12), (12, 2)]
     ],
 )
 def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
-    assert head_multipliers(shapes, PRIOR) == found
+    assert head_multipliers(shapes, adapters(shapes, PRIOR), PRIOR) == found
 
 
 @pytest.mark.parametrize(

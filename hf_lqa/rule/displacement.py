@@ -123,7 +123,8 @@ class Displacement:
         self.sizes, self.growth = tuple(sizes), growth
         prior = self.config.prior
         self.prior = base_step_size(shapes, self.total_steps, prior) / growth
-        self.state = Multipliers.started(head_multipliers(shapes, prior), adapters(shapes, prior))
+        adapted = adapters(shapes, prior)
+        self.state = Multipliers.started(head_multipliers(shapes, adapted, prior), adapted)
 
     def start(self, begun: float) -> None:
         """Begin without a probe.

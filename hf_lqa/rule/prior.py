@@ -62,7 +62,7 @@ def base_step_size(shapes: Sequence[tuple[int, ...]], total_steps: int | None, c
     return config.length / math.sqrt(typical_size(shapes) or 1.0) / steps**config.decay
 
 
-def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[float]:
+def head_multipliers(shapes: Sequence[tuple[int, ...]], adapted: Sequence[int], config: PriorConfig) -> list[float]:
     """What multiplies each tensor's step from the start: `head` for those of the head and for vectors, 1 for all else.
 
     The body ends with the last matrix of at least the median size, for which each counts as the root of its size. The
@@ -70,9 +70,12 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
     adapters, it is what comes after the last of their wide matrices, is not repeated, and has no more rows than
     columns: a table of words has more. Where there is no head, vectors are not faster, either. Frozen tensors do not
     count.
+
+    Args:
+        adapted: what `adapters` finds.
     """
-    adapted = {*adapters(shapes, config)}
-    matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n and i not in adapted]
+    taken = {*adapted}
+    matrices = [(i, n) for i, n in enumerate(_matrices(shapes)) if n and i not in taken]
     alike = Counter(shapes[i] for i, _ in matrices)
     # Two may be alike by chance: a table of two types of tokens, and a head of two classes.
     single = {i for i, _ in matrices if alike[shapes[i]] <= 2}
@@ -89,8 +92,7 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> 
 
 
 def adapters(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[int]:
-    """The places of adapters' matrices, as LoRA's are: pairs, at least three of a rank, of which the second takes the
-    first one's result. The first is wide, with few rows.
+    """The places of adapters' matrices, as LoRA's are: a wide one and one that takes its result, three pairs of a rank.
 
     What is left over is none: a head of as many classes. In a layer of a whole model the wide matrix comes last. An
     adapter's displacement slopes differ by chance, or by what does not help: multipliers that follow them end at a
