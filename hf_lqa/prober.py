@@ -22,8 +22,6 @@ from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .rule import Rule
 from .rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
 
-#: The first probe at most, where it contradicts the gradients that its radius is of.
-_MAX_TRIES = 8
 #: Two probes contradict the gradients by the same factor if these differ by no more than this share.
 _THE_SAME = 0.1
 
@@ -157,7 +155,7 @@ class Prober:
         watch, forwards = self.watch.state_dict(), self.counts["probe_forwards"]
         try:
             nearer, doubted = math.inf, None
-            for _ in range(_MAX_TRIES):
+            for _ in range(self.config.tries):
                 before = self.watch.gradients(step.checked.change)
                 record, slope, begun = self._once(base, multipliers, closure, step, before, nearer)
                 if not first:

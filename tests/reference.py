@@ -33,7 +33,7 @@ class Reference:
         # Adapters: of each rank the first wide matrix and the first that takes its result, then the second ones.
         self.adapters, last_wide = [], -1
         for rank in {shapes[place][0] for place, _ in matrices}:
-            wide = [place for place, _ in matrices if shapes[place][0] == rank and shapes[place][1] >= 6 * rank]
+            wide = [place for place, _ in matrices if shapes[place][0] == rank < shapes[place][1]]
             tall = [place for place, _ in matrices if shapes[place][1] == rank]
             pairs = []
             for k in range(min(len(wide), len(tall))):
@@ -43,6 +43,8 @@ class Reference:
                 for first, second in pairs:
                     self.adapters += [first, second]
                     last_wide = max(last_wide, first)
+        if 2 * len(self.adapters) <= len(matrices):
+            self.adapters = []
 
         # How many other matrices have a matrix's shape: one is alone, three are layers.
         matrices = [(place, size) for place, size in matrices if place not in self.adapters]
@@ -82,8 +84,8 @@ class Reference:
         self.drift = [0.0] * len(shapes)
         self.mean_squares = [0.0] * len(shapes)
         self.measurements = 0
-        # One after the first step, then 15 more at that distance, then 16 at each.
-        self.next, self.distance, self.at_this_distance = 1, 1, 0
+        # One step of 1, 2, 3 and so on, each for a time.
+        self.distance, self.until = 1, 12
 
     def start(self, begun, radius=0.0, minimiser=None):
         """Of the prior in units of the direction, and of a probe whose radius is the loss's."""
@@ -99,13 +101,12 @@ class Reference:
 
     def measures(self, step):
         """To be asked of one step after the other."""
-        if step != self.next:
-            return False
-        self.at_this_distance += 1
-        if self.at_this_distance == 16:
-            self.distance, self.at_this_distance = self.distance + 1, 0
-        self.next += self.distance
-        return True
+        if step == self.until:
+            # As many as it takes for one to count 1 / distance of the first: 1 / sqrt(k / 4 + 1).
+            self.distance += 1
+            first, last = 4 * self.distance**2, 4 * (self.distance + 1) ** 2
+            self.until += (last - first) * self.distance
+        return step > 0 and step % self.distance == 0
 
     def observe(self, slopes, agreement, factor, step):
         shrunk = factor if factor < 1 else 1.0
@@ -129,7 +130,6 @@ class Reference:
                 continue
             self.mean_squares[place] = mean_square
             z = slope / math.sqrt(mean_square / (1 - 0.8**self.measurements))
-            z = 2.0 if z > 2 else -2.0 if z < -2 else z
             z = 0.0 if place in self.adapters else z
             self.drift[place] -= self.eta * weight * z
 

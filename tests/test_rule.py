@@ -16,7 +16,7 @@ from hf_lqa.rule.prior import PriorConfig, adapters, base_step_size, head_multip
 from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
 
 PRIOR, TURN, REACH = PriorConfig(), MultiplierConfig(), RadiusConfig()
-MEMORY, GAIN = DisplacementConfig.memory, DisplacementConfig.gain
+MEMORY, GAIN = DisplacementConfig().memory, DisplacementConfig.gain
 ACCEPTED = Fit(-1.0, 2.0, 0.5, Verdict.ACCEPTED)
 
 
@@ -86,7 +86,7 @@ LORA = [(2, 12), (12, 2)]
     ],
 )
 def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
-    assert head_multipliers(shapes, adapters(shapes, PRIOR), PRIOR) == found
+    assert head_multipliers(shapes, adapters(shapes), PRIOR) == found
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,13 @@ def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
         ([*4 * [(2, 12)], *3 * [(12, 2)]], [0, 1, 2, 4, 5, 6]),
         ([(2, 12), (12, 2), (2, 48), (12, 2), (2, 12), (48, 2)], [*range(6)]),
         (3 * [(4, 24), (8, 4)], [*range(6)]),
-        # Two are not enough, nor what is not thin, a layer's own matrices, tables, vectors, or what is frozen.
+        # Of a rank that is nearly the width; beside layers that are fewer.
+        (3 * [(8, 9), (9, 8)], [*range(6)]),
+        ([(99, 9), *3 * [(2, 9), (9, 2)], *4 * [(9, 9)]], [*range(1, 7)]),
+        # Two are not enough, nor half of all matrices, a layer's own ones, tables, vectors, or what is frozen.
         (2 * LORA, []),
-        (3 * [(2, 11), (11, 2)], []),
+        (3 * [(9, 9), (2, 9), (9, 2), (9, 9)], []),
+        (3 * [(9, 9), (9, 9)], []),
         (3 * [(48, 8), (8, 48)], []),
         (4 * [(8, 8), (1, 8), (1, 8), (8, 8), (64, 8), (8, 64)], []),
         ([(640, 9), (640, 9), *3 * [(9, 9), (9,)]], []),
@@ -108,7 +112,7 @@ def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
     ],
 )
 def test_adapters_are_pairs_of_a_wide_matrix_and_one_that_takes_its_result(shapes, found):
-    assert adapters(shapes, PRIOR) == found
+    assert adapters(shapes) == found
 
 
 def after(slopes, sizes, weight=0.5, state=None, times=1):
@@ -154,10 +158,11 @@ def test_the_unit_of_the_loss_does_not_matter():
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_one_large_slope_turns_no_further_than_two_of_its_usual_size(sign):
-    usual = after([-1.0, -1.0], [5, 5], times=10)
+def test_one_large_slope_turns_little_further_than_two_of_its_usual_size(sign):
+    """It is a part of what it is compared with."""
+    usual = after([-1.0, -1.0], [5, 5], times=100)
     state = after([1e9 * sign, -1.0], [5, 5], state=usual)
-    assert state.drift[0] - state.drift[1] == pytest.approx(TURN.eta * 0.5 * (-TURN.clip * sign - 1))
+    assert state.drift[0] - state.drift[1] == pytest.approx(TURN.eta * 0.5 * (-math.sqrt(5) * sign - 1))
     # It is remembered for some time, in which usual slopes are small.
     later = after([-1.0, -1.0], [5, 5], state=state, times=3)
     assert later.drift[0] - later.drift[1] < state.drift[0] - state.drift[1]
@@ -188,11 +193,16 @@ def test_a_gradient_that_is_missing_once_leaves_what_was_learned():
         assert (again.drift[0] > 0) and (again.drift[2] > 0) and again.drift[1] < 0 and again.drift[3] < 0
 
 
-def test_multipliers_are_applied_to_half_a_doubling():
+def test_multipliers_are_applied_to_the_root_of_the_bound():
     half = math.log(2) / 2
     state = Multipliers((1.0, 1.0, 1.0, 8.0), (0.49 * half, 0.51 * half, -1.6 * half, 1.2 * half), 4 * (1.0,))
     assert rounded(state, 6, TURN) == pytest.approx([1, 2**0.5, 0.5, 8 * 2**0.5, 1, 1]), "1 for those added later"
     assert len(rounded(state, 2, TURN)) == 2
+    wider, none = replace(TURN, bound=9.0), replace(TURN, bound=1.0)
+    assert rounded(state, 4, wider) == pytest.approx([1, 1, 1 / 3, 8]), "to the bound, its root, or 1"
+    drift = (0.51 * math.log(3), 1.51 * math.log(3), -math.log(9))
+    assert rounded(Multipliers((1.0,) * 3, drift), 3, wider) == pytest.approx([3, 9, 1 / 9])
+    assert rounded(state, 4, none) == [1, 1, 1, 8]
 
 
 def test_the_base_step_size_follows_the_sign_agreement_of_late():
@@ -234,10 +244,10 @@ def test_where_the_loss_is_no_scale_radii_and_bounds_follow_the_step_size():
 
 
 def test_a_first_probe_moves_the_weights_by_something():
-    assert first_radius(REACH, 1.0, -1.0, 0.03 * 999) == 0.03
-    # A thousandth of what shapes say, and less, is nothing; so is a loss of 0.
+    assert first_radius(REACH, 1.0, -1.0, 33.3) == 0.03
+    # Less than tau² of what shapes say is nothing; so is a loss of 0.
     for loss in (1.0, 1e-9, 0.0):
-        assert first_radius(REACH, loss, -1.0, 0.03 * 1001) == 0.03 * 1001
+        assert first_radius(REACH, loss, -1.0, 33.4) == 33.4
     assert first_radius(RadiusConfig(fixed=1e-9), 1.0, -1.0, 1.0) == 1e-9
     for loss, slope in ((0.0, 0.0), (math.nan, 1.0), (0.0, math.inf)):
         assert first_radius(REACH, loss, slope, 1.0) is None
@@ -249,7 +259,8 @@ def test_a_radius_doubles_while_differences_drown_and_comes_back_with_good_fits(
     for fit in 5 * [failed(Verdict.BELOW_NOISE)] + [failed(Verdict.NON_CONVEX)] + 6 * [ACCEPTED]:
         state = adapted(REACH, state, fit, True)
         scales.append(state.scale)
-    assert scales == [2, 4, 8, 16, 16, 16, 8, 4, 2, 1, 1, 1]
+    assert scales == [2, 4, 8, 16, 16, 16, 8, 4, 2, 1, 1, 1], "to first order it changes the loss by half at most"
+    assert adapted(RadiusConfig(tau=0.3), Radius(), failed(Verdict.BELOW_NOISE), True).scale == 1
     assert adapted(REACH, Radius(scale=8.0), failed(Verdict.NON_FINITE), True).scale == 1
     assert adapted(REACH, Radius(), ACCEPTED, False).follows_step, "it had to look for another"
     assert adapted(REACH, Radius(follows_step=True), ACCEPTED, True).follows_step, "once is enough"
@@ -311,8 +322,11 @@ def test_it_grows_as_far_as_the_first_minimiser_and_comes_back_from_there(minimi
 def test_probes_are_rare_and_measurements_fade():
     rule = started()
     assert [step for step in range(301) if rule.wants_probe(step)] == [0, 100, 200, 300]
-    expected = [*range(1, 16), *range(16, 48, 2), *range(48, 96, 3), *range(96, 160, 4), 160]
-    assert [step for step in range(161) if rule.wants_measurement(step)] == expected
+    expected = [*range(1, 12), *range(12, 52, 2), *range(54, 136, 3), *range(136, 280, 4), 280]
+    found = [step for step in range(281) if rule.wants_measurement(step)]
+    assert found == expected
+    for n, first in enumerate((12, 54, 136, 280), start=2):
+        assert math.sqrt((found.index(first) + 1 + 4) / 4) == n, "where one counts half, every second, and so on"
 
 
 @pytest.mark.parametrize("steps, length", [(100, 3), (1000, 30), (None, 30), (40, 1), (1, 1)])

@@ -326,10 +326,10 @@ def test_lora_moves_only_the_adapters(tmp_path):
     )
 
 
-@pytest.mark.parametrize("classes", [2, 3, 12])
-def test_loras_head_is_found_whatever_its_number_of_classes(tmp_path, classes):
-    """Two are as many as ranks: the head has an adapter's shape. Twelve make it larger than adapters."""
-    model = lora(classes)
+@pytest.mark.parametrize("classes, rank", [(2, 2), (3, 2), (12, 2), (3, 8), (8, 8)])
+def test_loras_head_is_found_whatever_its_number_of_classes_and_the_rank(tmp_path, classes, rank):
+    """As many classes as ranks: the head has an adapter's shape. Twelve make it larger than adapters."""
+    model = lora(classes, rank)
     trainer, _, _ = run(tmp_path, model, rows(num_labels=classes), optim="lqa", optim_args=None, max_steps=12)
     names = {p: name for name, p in model.named_parameters()}
     params = [names[p] for group in trainer.lqa.param_groups for p in group["params"]]
@@ -493,9 +493,9 @@ def test_torch_compile(backend, tmp_path):
         assert step["losses"] == pytest.approx(reference["losses"], rel=1e-5)
 
 
-def lora(num_labels=3):
+def lora(num_labels=3, rank=2):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=["query", "value"], lora_dropout=0.1)
     torch.manual_seed(0)
     return peft.get_peft_model(tiny_bert(num_labels=num_labels), config)
 

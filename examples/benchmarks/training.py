@@ -76,6 +76,7 @@ class BenchmarkTrainer(LQATrainer):
         if self.lqa is not None and self.method.constants:
             constants = dict(self.method.constants)
             self.lqa.rule.config = with_constants(self.lqa.rule.config, constants)
+            self.lqa.measurer.prober.config = with_constants(self.lqa.measurer.prober.config, constants)
             if constants:
                 raise SystemExit(f"--methods: the rule has no constants {', '.join(constants)}")
         if self.method.schedule == "decay":

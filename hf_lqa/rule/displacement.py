@@ -22,9 +22,8 @@ class DisplacementConfig:
         probe_interval: distance between probes, in steps.
         ramp: share of a run in which the base step size is reached.
         gain: how far the logarithm of the base step size moves where all signs agree.
-        memory: decay of the sign agreements' mean, and of the displacement slopes' mean squares.
-        dense: measurements at each distance between them.
-        fading: measurements after which one counts ``1 / sqrt(2)`` as much as the first.
+        window: measurements after which one counts ``1 / sqrt(2)`` as much as the first, and over which the decaying
+            means of sign agreements and of squared displacement slopes reach.
     """
 
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -32,9 +31,12 @@ class DisplacementConfig:
     probe_interval: int = 100
     ramp: float = 0.03
     gain: float = 4.0
-    memory: float = 0.8
-    dense: int = 16
-    fading: int = 4
+    window: int = 4
+
+    @property
+    def memory(self) -> float:
+        """Decay of the means, ``window / (window + 1)``: the last one counts as in a mean of ``window + 1``."""
+        return self.window / (self.window + 1)
 
 
 @dataclass
@@ -50,12 +52,12 @@ class Displacement:
     `growth` is that of later updates by momentum. A ramp leads to the base step size. Each measurement turns steps by
     per-tensor multipliers (`updated`). After the ramp it also moves the base step size by the sign agreement of late
     (`moved`): before, steps are short because the ramp makes them so. Number ``k`` of either, from 0, has the weight
-    ``w = f / sqrt(k + 4)`` where ramp and schedule multiply the step by ``f``. Probes every `probe_interval` steps are
+    ``w = f / sqrt(k + window)`` where ramp and schedule multiply the step by ``f``. Probes every `probe_interval` steps are
     measurements, on which nothing depends. The first is what the base step size may grow by:
     it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far ahead. Without a
     minimiser above the start, or without a first probe, it does not grow.
 
-    As moves fade, so does the need to measure: a distance of ``n`` steps is kept for 16 measurements, then ``n + 1``.
+    As moves fade, so does the need to measure: where one counts ``1 / n`` of the first, they are ``n`` steps apart.
 
     Raises:
         ValueError: a constant is out of its range.
@@ -94,8 +96,11 @@ class Displacement:
 
     def wants_measurement(self, step: int) -> bool:
         """Whether `observe` wants what step number `step` says of the way that training has come."""
-        # Distances 1 to n - 1 take dense (1 + 2 + ... + (n - 1)) steps.
-        distance = int((1 + math.sqrt(1 + 8 * step / self.config.dense)) / 2)
+        # Measurements window (n² - 1) to window ((n + 1)² - 1) are n steps apart: window n (2n + 1) steps of each n.
+        distance, left = 1, step - 3 * self.config.window
+        while left >= 0:
+            distance += 1
+            left -= self.config.window * distance * (2 * distance + 1)
         return step > 0 and step % distance == 0
 
     def factor(self, step: int) -> float:
@@ -123,7 +128,7 @@ class Displacement:
         self.sizes, self.growth = tuple(sizes), growth
         prior = self.config.prior
         self.prior = base_step_size(shapes, self.total_steps, prior) / growth
-        adapted = adapters(shapes, prior)
+        adapted = adapters(shapes)
         self.state = Multipliers.started(head_multipliers(shapes, adapted, prior), adapted)
 
     def start(self, begun: float) -> None:
@@ -164,7 +169,7 @@ class Displacement:
 
     def _weight(self, factor: float, count: int) -> float:
         """Moves fade as evidence accumulates, and as the schedule shrinks the steps."""
-        return min(factor, 1.0) / math.sqrt(count + self.config.fading)
+        return min(factor, 1.0) / math.sqrt(count + self.config.window)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes in training, in a form that JSON can hold."""

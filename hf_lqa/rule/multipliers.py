@@ -15,16 +15,12 @@ class MultiplierConfig:
 
     Attributes:
         eta: gain, in (0, 1].
-        clip: the largest slope, in units of its root mean square.
-        bound: the most that a multiplier may move away from where it began, as a factor.
-        to_a_doubling: multipliers are rounded to so many values in a doubling, because each that occurs is one more
-            param group in the base optimizer.
+        bound: the most that a multiplier may move away from where it began, as a factor. It is rounded to that factor,
+            its root or 1, because each value that occurs is one more param group in the base optimizer.
     """
 
     eta: float = 0.3
-    clip: float = 2.0
     bound: float = 2.0
-    to_a_doubling: int = 2
 
     def __post_init__(self) -> None:
         require(is_number(self.eta) and 0 < self.eta <= 1, "eta", self.eta, "must be in (0, 1]")
@@ -64,10 +60,10 @@ def updated(
 ) -> Multipliers:
     """The multipliers after a measurement.
 
-        drift_i -= eta w z_i,        z_i = clip(s_i / rms(s_i))
+        drift_i -= eta w z_i,        z_i = s_i / rms(s_i)
 
     with the displacement slope ``s_i`` of tensor ``i`` and the root ``rms`` of its decaying, bias-corrected mean
-    square; ``z_i = 0`` for those that are `still`. Then their mean square, weighted by the root of each tensor's size,
+    square, in which it is itself, so that ``z_i² <= 1 / (1 - memory)``; ``z_i = 0`` for those that are `still`. Then their mean square, weighted by the root of each tensor's size,
     is set to 1: multipliers turn a step, and leave its length to the base step size. A tensor that never had a slope
     has the drift of the one before it.
 
@@ -86,8 +82,7 @@ def updated(
         square = memory * squares[i] + (1 - memory) * slope * slope
         if slope and square > 0:
             squares[i] = square
-            z = 0.0 if i in still else slope / math.sqrt(square / bias)
-            drift[i] -= config.eta * weight * min(max(z, -config.clip), config.clip)
+            drift[i] -= 0.0 if i in still else config.eta * weight * slope / math.sqrt(square / bias)
     measured = [i for i, square in enumerate(squares) if square]
     if measured:
         weights = weights_of([sizes[i] for i in measured])
@@ -103,10 +98,10 @@ def updated(
 
 def rounded(state: Multipliers, count: int, config: MultiplierConfig) -> list[float]:
     """The multipliers of `count` tensors as they are applied; 1 for those that are not in the state."""
-    steps = config.to_a_doubling
-    # Powers of two, in which a head's and a body's agree to the last bit: each value is a param group.
+    half = math.log(config.bound) / 2
+    # A head's and a body's agree to the last bit, where `head` is a power of `bound`: each value is a param group.
     found = [
-        first * 2.0 ** (round(drift / math.log(2) * steps) / steps)
+        first * config.bound ** (round(drift / half) / 2) if half else first
         for first, drift in zip(state.first, state.drift, strict=True)
     ]
     return found[:count] + [1.0] * (count - len(found))

@@ -13,7 +13,7 @@ from .records import weights_of
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """The constants of `base_step_size`, `head_multipliers` and `adapters`.
+    """The constants of `base_step_size` and `head_multipliers`.
 
     Attributes:
         length: root of the summed squares of what a step does to a typical matrix in a run of one step; 0.14 in one of
@@ -22,14 +22,12 @@ class PriorConfig:
         head: how much further a head and vectors move. A fresh head has more to learn than what is below it, and learns
             before the body has followed its noise.
         unknown: steps that a run is taken to have where nobody says.
-        thin: of how many times as many columns as rows a matrix is an adapter's, if one that takes its result follows.
     """
 
     length: float = 0.56
     decay: float = 0.3
     head: float = 8.0
     unknown: int = 1000
-    thin: int = 6
 
 
 def typical_size(shapes: Sequence[tuple[int, ...]]) -> float:
@@ -91,26 +89,26 @@ def head_multipliers(shapes: Sequence[tuple[int, ...]], adapted: Sequence[int], 
     return [config.head if i in head or len(shape) == 1 else 1.0 for i, shape in enumerate(shapes)]
 
 
-def adapters(shapes: Sequence[tuple[int, ...]], config: PriorConfig) -> list[int]:
+def adapters(shapes: Sequence[tuple[int, ...]]) -> list[int]:
     """The places of adapters' matrices, as LoRA's are: a wide one and one that takes its result, three pairs of a rank.
 
-    What is left over is none: a head of as many classes. In a layer of a whole model the wide matrix comes last. An
-    adapter's displacement slopes differ by chance, or by what does not help: multipliers that follow them end at a
-    tenth more loss under a fresh head.
+    A wide one has fewer rows, its rank, than columns. What is left over is none: a head of as many classes. Nothing is,
+    unless most matrices are: a whole model may have such pairs in its layers. An adapter's displacement slopes differ
+    by chance, or by what does not help: multipliers that follow them end at a tenth more loss under a fresh head.
     """
     wide: dict[int, list[int]] = defaultdict(list)
     tall: dict[int, list[int]] = defaultdict(list)
-    for i, n in enumerate(_matrices(shapes)):
-        if n:
-            rows, columns = shapes[i]
-            tall[columns].append(i)
-            if config.thin * rows <= columns:
-                wide[rows].append(i)
+    matrices = [i for i, n in enumerate(_matrices(shapes)) if n]
+    for i in matrices:
+        rows, columns = shapes[i]
+        tall[columns].append(i)
+        if rows < columns:
+            wide[rows].append(i)
     found: list[int] = []
     for rank, places in wide.items():
         pairs = [(a, b) for a, b in zip(places, tall[rank], strict=False) if a < b]
         found += itertools.chain(*pairs) if len(pairs) > 2 else ()
-    return sorted(found)
+    return sorted(found) if 2 * len(found) > len(matrices) else []
 
 
 def _median(sizes: Sequence[int]) -> int:

@@ -16,16 +16,11 @@ class RadiusConfig:
     Attributes:
         tau: the share by which a radius changes the loss to first order, in (0, 1).
         fixed: a radius in units of the direction in place of that rule; `None` for the rule.
-        most: the largest factor of the radius while the losses' differences drown in rounding errors.
-        nothing: the share of the base step size that shapes give below which a first probe moves nothing. In the
-            benchmark's runs a first radius is more than a hundredth of it.
-        tries: the most radii that a first probe tries.
+        tries: the most radii that a first probe tries, and the most times that it is taken.
     """
 
     tau: float = 0.03
     fixed: float | None = None
-    most: float = 16.0
-    nothing: float = 1e-3
     tries: int = 6
 
     def __post_init__(self) -> None:
@@ -74,12 +69,14 @@ def radius(config: RadiusConfig, state: Radius, loss: float, slope: float, step_
 def first_radius(config: RadiusConfig, loss: float, slope: float, prior: float) -> float | None:
     """The same for a first probe, which may not move the weights by nothing: `prior` where it would.
 
+    Nothing is less than ``tau² prior``. In the benchmark's runs a first radius is more than a hundredth of `prior`.
+
     Args:
         prior: the base step size that shapes give, in units of the direction.
     """
     found = radius(config, Radius(), loss, slope, None)
     measurable = 0 < abs(slope) < math.inf and math.isfinite(loss) and 0 < prior < math.inf
-    if config.fixed is None and measurable and (found or 0.0) < config.nothing * prior:
+    if config.fixed is None and measurable and (found or 0.0) < config.tau**2 * prior:
         return prior
     return found
 
@@ -99,12 +96,14 @@ def max_step(state: Radius, loss: float, slope: float, step_size: float | None) 
 def adapted(config: RadiusConfig, state: Radius, fit: Fit, by_loss: bool) -> Radius:
     """The state after a probe; it doubles where differences were below the noise, and comes back where fits are good.
 
+    A radius never reaches where the loss would change by more than half to first order.
+
     Args:
         by_loss: whether the radius was the loss's; else a first probe had to look for another.
     """
     scale = state.scale
     if fit.verdict is Verdict.BELOW_NOISE:
-        scale = min(2 * scale, config.most)
+        scale = 2 * scale if 2 * scale * config.tau <= 1 / 2 else scale
     elif fit.verdict.usable:
         scale = max(scale / 2, 1.0)
     elif fit.verdict is Verdict.NON_FINITE:
