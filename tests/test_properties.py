@@ -148,6 +148,15 @@ shapes = st.one_of(
     st.tuples(sides, sides, sides),
     st.sampled_from([(1, 6), (6, 1), (2, 12), (12, 2)]),  # of adapters
 )
+models = st.one_of(
+    st.lists(shapes, max_size=9),
+    st.builds(
+        lambda before, layer, after: [*before, *3 * layer, *after],
+        st.lists(shapes, max_size=3),
+        st.lists(shapes, min_size=1, max_size=3),
+        st.lists(shapes, max_size=3),
+    ),
+)
 slopes = st.one_of(
     st.sampled_from([None, 0.0, math.inf, math.nan]), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6), st.floats(-2, -1)
 )
@@ -156,7 +165,7 @@ measurements = st.tuples(st.lists(slopes, max_size=8), agreements, st.floats(0, 
 
 @settings(deadline=None)
 @given(
-    st.lists(shapes, max_size=9),
+    models,
     st.one_of(st.none(), st.integers(1, 10**5)),
     st.floats(0.01, 1),
     st.tuples(moderate, st.one_of(st.none(), moderate), st.one_of(st.none(), moderate)),

@@ -11,8 +11,9 @@ import torch
 from hf_lqa import LQA, Fit, Verdict
 from hf_lqa.rule import Displacement, DisplacementConfig, Measurement, Paper, PaperConfig, build
 from hf_lqa.rule.agreement import Agreement, averaged, moved
+from hf_lqa.rule.head import adapters, head_multipliers
 from hf_lqa.rule.multipliers import MultiplierConfig, Multipliers, rounded, updated
-from hf_lqa.rule.prior import PriorConfig, adapters, base_step_size, head_multipliers, typical_size
+from hf_lqa.rule.prior import PriorConfig, base_step_size, typical_size
 from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
 
 PRIOR, TURN, REACH = PriorConfig(), MultiplierConfig(), RadiusConfig()
@@ -59,7 +60,18 @@ LORA = [(2, 12), (12, 2)]
         ([(2, 9), (9, 9), (5, 9), (2, 9), (9,)], [1, 1, 1, 8, 8]),
         # Three alike are layers, as LoRA has them where keys and values are shared.
         ([(9, 9), (2, 9), (9, 9), (2, 9), (9, 9), (2, 9), (9,)], [1, 1, 1, 1, 1, 1, 1]),
-        ([(9, 9), (2, 9), (9, 9), (2, 9), (9, 9), (2, 9), (4, 9), (9,)], [1, 1, 1, 1, 1, 8, 8, 8]),
+        ([(9, 9), (2, 9), (9, 9), (2, 9), (9, 9), (2, 9), (4, 9), (9,)], [1, 1, 1, 1, 1, 1, 8, 8]),
+        # A layer ends with what is small, or where a head goes on as another one would.
+        ([(50, 9), *3 * [(9, 9), (99, 9), (9, 9)], (2, 9)], [*10 * [1], 8]),
+        ([(50, 9), *3 * [(9, 9), (9, 9), (36, 9), (9, 36)], (9, 9), (2, 9)], [*13 * [1], 8, 8]),
+        # It may come first, before the words, and then has biases; tables have none, and a picture's layers are tall.
+        ([(9, 9), (9,), (2, 9), (2,), (50, 9), (7, 9), *3 * [(9, 9), (18, 9)]], [8, 8, 8, 8, *8 * [1]]),
+        ([(9, 9), (2, 9), (50, 9), (7, 9), *3 * [(9, 9), (18, 9)], (2,), (9,)], [8, 8, *8 * [1], 8, 8]),
+        ([(7, 9), (50, 9), *3 * [(9, 9), (18, 9)], (9,)], 9 * [1]),
+        ([(9, 9), (9,), (36, 9), (36,), (50, 9), *3 * [(9, 9), (36, 9)]], 11 * [1]),
+        ([(2, 9), (2,), (9, 9), (50, 9)], 4 * [1]),
+        ([(4, 12), (4,), *3 * LORA], [8, 8, *6 * [1]]),
+        ([(2, 12), (2,), *3 * LORA], [8, 8, *6 * [1]]),
         ([(9, 9), (), (4, 4, 4, 4), (2, 9)], [1, 1, 1, 8]),
         # Half of the roots' sum is in the first one, and then not quite.
         ([(9, 9), (5, 5), (4, 4)], [1, 8, 8]),
@@ -73,7 +85,7 @@ LORA = [(2, 12), (12, 2)]
         ([*3 * LORA, (2, 12), (2,)], [*6 * [1], 8, 8]),
         ([*3 * [(2, 12)], (2, 12), *3 * [(12, 2)], (2,)], [1, 1, 1, 8, 1, 1, 1, 8]),
         # Other layers are trained beside them.
-        ([*3 * [*LORA, (12, 12)], (2, 12), (2,)], [*9 * [1], 8, 8]),
+        ([*3 * [*LORA, *LORA, (12, 12)], (2, 12), (2,)], [*15 * [1], 8, 8]),
         ([(50, 9), *3 * [(9, 9)], (50, 9), (9,)], [*5 * [1], 1]),
         ([(3, 9), (3, 3), (2, 9), (7, 9)], [1, 1, 1, 1]),
         # There is no head where the last large matrix is the last, or nothing trained comes before it.
@@ -86,7 +98,7 @@ LORA = [(2, 12), (12, 2)]
     ],
 )
 def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
-    assert head_multipliers(shapes, adapters(shapes), PRIOR) == found
+    assert head_multipliers(shapes, adapters(shapes), PRIOR.head) == found
 
 
 @pytest.mark.parametrize(
@@ -100,11 +112,14 @@ def test_the_head_is_what_comes_after_the_last_large_matrix(shapes, found):
         (3 * [(4, 24), (8, 4)], [*range(6)]),
         # Of a rank that is nearly the width; beside layers that are fewer.
         (3 * [(8, 9), (9, 8)], [*range(6)]),
-        ([(99, 9), *3 * [(2, 9), (9, 2)], *4 * [(9, 9)]], [*range(1, 7)]),
-        # Two are not enough, nor half of all matrices, a layer's own ones, tables, vectors, or what is frozen.
+        ([(99, 9), *3 * [(2, 9), (9, 2)], (9, 9)], [*range(1, 7)]),
+        # Two are not enough, nor less than three quarters of all, a layer's own, tables, vectors, or what is frozen.
         (2 * LORA, []),
-        (3 * [(9, 9), (2, 9), (9, 2), (9, 9)], []),
+        ([(99, 9), *3 * [(2, 9), (9, 2)], (9, 9), (9, 9)], []),
         (3 * [(9, 9), (9, 9)], []),
+        # A layer's last matrix and the next one's first; a layer's matrices transposed, as GPT-2 has them.
+        (4 * [(16, 8), (8, 16), (32, 8), (8, 32)], []),
+        (4 * [(8, 24), (8, 8), (8, 32), (32, 8)], []),
         (3 * [(48, 8), (8, 48)], []),
         (4 * [(8, 8), (1, 8), (1, 8), (8, 8), (64, 8), (8, 64)], []),
         ([(640, 9), (640, 9), *3 * [(9, 9), (9,)]], []),

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from ..quadratic import Fit, Verdict
 from .agreement import Agreement, averaged, moved
+from .head import adapters, head_multipliers
 from .multipliers import MultiplierConfig, Multipliers, rounded, updated
-from .prior import PriorConfig, adapters, base_step_size, head_multipliers
+from .prior import PriorConfig, base_step_size
 from .records import Measurement, require_interval
 
 
@@ -129,7 +130,7 @@ class Displacement:
         prior = self.config.prior
         self.prior = base_step_size(shapes, self.total_steps, prior) / growth
         adapted = adapters(shapes)
-        self.state = Multipliers.started(head_multipliers(shapes, adapted, prior), adapted)
+        self.state = Multipliers.started(head_multipliers(shapes, adapted, prior.head), adapted)
 
     def start(self, begun: float) -> None:
         """Begin without a probe.

@@ -63,9 +63,9 @@ def updated(
         drift_i -= eta w z_i,        z_i = s_i / rms(s_i)
 
     with the displacement slope ``s_i`` of tensor ``i`` and the root ``rms`` of its decaying, bias-corrected mean
-    square, in which it is itself, so that ``z_i² <= 1 / (1 - memory)``; ``z_i = 0`` for those that are `still`. Then their mean square, weighted by the root of each tensor's size,
-    is set to 1: multipliers turn a step, and leave its length to the base step size. A tensor that never had a slope
-    has the drift of the one before it.
+    square, of which it is a part itself: ``z_i² <= 1 / (1 - memory)``. For those that are `still`, ``z_i = 0``. Then
+    their mean square, weighted by the root of each tensor's size, is set to 1: multipliers turn a step, and leave its
+    length to the base step size. A tensor that never had a slope has the drift of the one before it.
 
     Args:
         slopes: displacement slopes in units of the loss, `None` where unknown; those of more tensors than the state
