@@ -18,9 +18,9 @@ SEEDS = [0, 1, 2]
 FRESH_SEEDS = [3, 4, 5, 6, 7, 8, 9]
 #: Of the paper's tasks, whose runs take seconds; on the first ten the rule was chosen.
 SEEDS_OF_PAPER, FRESH_SEEDS_OF_PAPER = list(range(10)), list(range(10, 20))
-#: Every constant of the rule at half and at twice its value; `bound`, a factor, at its root and square. `unknown` is for
-#: runs of unknown length, `tries` for losses that are no scale: there is none here. `tau=0.0303`, 1 % more, is too little
-#: to matter, and shows what chance does.
+#: Every constant of the rule at half and at twice its value; `bound`, a factor, at its root and square. `unknown` is of
+#: runs of unknown length, `tries` of losses that are no scale: none is here. `tau=0.0303`, 1 % more, is too little to
+#: matter, and shows what chance does.
 CHANGES = ["tau=0.015", "tau=0.06", "eta=0.15", "eta=0.6", "probe_interval=50", "probe_interval=200"]
 CHANGES += ["length=0.28", "length=1.12", "decay=0.15", "decay=0.6", "head=4", "head=16", "unknown=500", "unknown=2000"]
 CHANGES += ["bound=1.4142", "bound=4", "gain=2", "gain=8", "window=2", "window=8", "ramp=0.015", "ramp=0.06"]

@@ -53,10 +53,11 @@ class Displacement:
     `growth` is that of later updates by momentum. A ramp leads to the base step size. Each measurement turns steps by
     per-tensor multipliers (`updated`). After the ramp it also moves the base step size by the sign agreement of late
     (`moved`): before, steps are short because the ramp makes them so. Number ``k`` of either, from 0, has the weight
-    ``w = f / sqrt(k + window)`` where ramp and schedule multiply the step by ``f``. Probes every `probe_interval` steps are
-    measurements, on which nothing depends. The first is what the base step size may grow by:
-    it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far ahead. Without a
-    minimiser above the start, or without a first probe, it does not grow.
+    ``w = f / sqrt(k + window)`` where ramp and schedule multiply the step by ``f``.
+
+    Probes every `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size
+    may grow by: it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far
+    ahead. Without a minimiser above the start, or without a first probe, it does not grow.
 
     As moves fade, so does the need to measure: where one counts ``1 / n`` of the first, they are ``n`` steps apart.
 
