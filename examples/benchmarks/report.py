@@ -46,7 +46,8 @@ def report(runs: list[Run], folder: Path) -> str:
         " seeds. Learning rate: over the default's when four fifths of a run were over."
     )
     about_changes = (
-        "As above. Every constant of the rule is halved and doubled, of `memory` the complement. `tau=0.0303`, 1 %"
+        "As above. Every constant of the rule is halved and doubled; `bound`, a factor, is its root and its square."
+        " `unknown` is of runs of unknown length, `tries` of losses that are no scale: none is here. `tau=0.0303`, 1 %"
         " more, shows chance. `lqa_adamw` is `LQAAdamW` without a closure."
     )
     about_ranks = (
