@@ -178,7 +178,7 @@ def sweeps(tables: Sequence[Table]) -> str:
 
 
 COLUMNS = ["validation loss", "metric or minus loss", "highest rate", "last train loss", "forward equivalents"]
-COLUMNS += ["seconds", "seeds", "failed"]
+COLUMNS += ["seeds", "failed"]
 
 
 def has_peers(table: Table) -> bool:
@@ -205,5 +205,5 @@ def _method(table: Table, method: str) -> str:
     cells = [f"`{method}`", with_error([r["eval_loss"] for r in runs]), with_error([r["metric"] for r in runs])]
     cells += [f"{max(rates, default=math.nan):.1e}", f"{mean(last):.3f}" if last else ""]
     cells += [f"{mean(run['forward_equivalents'] for run in runs):.0f}"]
-    cells += [f"{mean(r['train_seconds'] for r in runs):.0f}", str(len(runs)), str(sum(map(failed, runs)) or "")]
+    cells += [str(len(runs)), str(sum(map(failed, runs)) or "")]
     return "| " + " | ".join(cells) + " |"
