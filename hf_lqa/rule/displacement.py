@@ -20,9 +20,9 @@ class DisplacementConfig:
     """All constants of `Displacement`, each part's in its own record.
 
     Attributes:
-        probe_interval: distance between probes, in steps.
-        ramp: share of a run in which the base step size is reached.
-        gain: how far the logarithm of the base step size moves where all signs agree.
+        probe_interval: distance between probes, in steps; two in a run of 200.
+        ramp: share of a run in which the base step size is reached, half of a usual warm-up.
+        gain: how far the logarithm of the base step size moves where all signs agree; networks from scratch need it.
         window: measurements after which one counts ``1 / sqrt(2)`` as much as the first, and over which the decaying
             means of sign agreements and of squared displacement slopes reach.
     """

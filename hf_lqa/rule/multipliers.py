@@ -14,7 +14,7 @@ class MultiplierConfig:
     """The constants of `updated` and `rounded`.
 
     Attributes:
-        eta: gain, in (0, 1].
+        eta: how far the logarithm of a multiplier moves for a slope of its usual size, in (0, 1].
         bound: the most that a multiplier may move away from where it began, as a factor. It is rounded to that factor,
             its root or 1, because each value that occurs is one more param group in the base optimizer.
     """
