@@ -37,6 +37,7 @@ from hf_lqa import LQA, ReplayedLoss
 from hf_lqa.checkpoint import GROUP_KEY
 from hf_lqa.replay import rounding_error
 from hf_lqa.rule.head import adapters, head_multipliers
+from hf_lqa.rule.prior import PriorConfig
 
 #: Small radii, so that the difference quotient is close to the derivative; a probe at every step.
 EVERY = "probe_interval=1,tau=0.002"
@@ -350,14 +351,19 @@ def test_loras_head_is_found_whatever_its_number_of_classes_and_the_rank(tmp_pat
     assert len(adapters) == 1 and 0.5 <= adapters.pop() <= 2, "adapters go together"
 
 
+def first_multipliers(model):
+    """By name, of what is trained."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    found = head_multipliers([*shapes.values()], adapters([*shapes.values()]), PriorConfig().head)
+    return dict(zip(shapes, found, strict=True))
+
+
 def test_loras_head_is_found_where_a_model_has_it_first():
     peft = pytest.importorskip("peft")
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlm-roberta", vocab_size=60, **sizes))
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
-    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    shapes = [*trained.values()]
-    multipliers = dict(zip(trained, head_multipliers(shapes, adapters(shapes), 8.0), strict=True))
+    multipliers = first_multipliers(model)
     assert {*multipliers.values()} == {1, 8}
     assert all((multiplier == 8) == ("classifier" in name) for name, multiplier in multipliers.items())
 
@@ -382,13 +388,10 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_classifiers_head_is_found_and_nothing_of_its_layers(name):
-    config = AutoConfig.for_model(name)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    shapes = [tuple(p.shape) for p in model.parameters()]
-    multipliers = head_multipliers(shapes, adapters(shapes), 8.0)
-    named = zip(model.named_parameters(), multipliers, strict=True)
-    found = [name for (name, p), multiplier in named if p.dim() == 2 and multiplier > 1]
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name))
+    multipliers = first_multipliers(model)
+    found = [name for name, p in model.named_parameters() if p.dim() == 2 and multipliers[name] > 1]
     assert found == [f"{module}.weight" for module in HEADS[name]]
 
 
@@ -405,8 +408,7 @@ def test_a_classifiers_head_is_found_and_nothing_of_its_layers(name):
 def test_a_language_model_has_no_head_that_is_fresh(name, kind):
     with torch.device("meta"):
         model = kind.from_config(AutoConfig.for_model(name))
-    shapes = [tuple(p.shape) for p in model.parameters()]
-    assert {*head_multipliers(shapes, adapters(shapes), 8.0)} == {1}
+    assert {*first_multipliers(model).values()} == {1}
 
 
 def test_frozen_layers_stay(tmp_path):

@@ -41,17 +41,17 @@ def _head(shapes: Sequence[tuple[int, ...]], adapted: Sequence[int]) -> set[int]
     if adapted:
         body = [i for i in adapted if shapes[i][0] < shapes[i][1]]
         after = {i for i in flat - repeated if i > max(body)}
-        first = True
+        may_lead = True
     else:
         places, least = [*matrices], _median([*matrices.values()])
         layers = [places[k] for k in _layers([shapes[i] for i in places])]
         body = [i for i, n in matrices.items() if n >= least] + layers
         after = {i for i in matrices if i > max(body)}
-        first = bool(layers) and min(body) not in flat
+        may_lead = bool(layers) and min(body) not in flat
     if after - repeated:
         return after
     biases = {shape for shape in shapes if len(shape) == 1}
-    before = {i for i in matrices if first and i < min(body)}
+    before = {i for i in matrices if may_lead and i < min(body)}
     told = all(i in flat and shapes[i][:1] in biases for i in before)
     return before if before - repeated and told else set()
 
