@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from .options import NO_BASE
+from .groups import why_no_base
 from .probe import defined_as, definer
 
 #: What a scheduler keeps in its optimizer's groups, and in itself, that is a learning rate.
@@ -31,26 +30,10 @@ def refuse_base(base: Any, source: str) -> None:
     Raises:
         ValueError: with `source`, where the optimizer comes from, and the remedy.
     """
-    name = type(base).__name__
-    reason = None
-    if not isinstance(base, torch.optim.Optimizer):
-        reason = "it is no torch.optim.Optimizer"
-    elif isinstance(base, torch.optim.LBFGS):
-        reason = "it evaluates the loss itself in every step"
-    elif any(group.get("lr") is None for group in base.param_groups):
-        reason = "its param groups have no 'lr', which LQA sets"
-    elif name.lower() in ("lomo", "adalomo"):
-        reason = NO_BASE["lomo"]
-    elif isinstance(base, LayerWiseDummyOptimizer):
-        reason = NO_BASE["_layerwise"]
-    elif callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None)):
-        reason = NO_BASE["schedule_free"]
-    elif any({"d", "growth_rate"} <= group.keys() for group in base.param_groups):
-        reason = "it estimates a learning rate of its own, and its update is not proportional to 'lr'"
-    if reason:
+    if reason := why_no_base(base):
         raise ValueError(
-            f"{source} gives a {name} under --optim lqa: {reason}. Give e.g. AdamW, Adafactor, Lion or SGD, which LQA"
-            " goes around, or leave it out, or use another --optim"
+            f"{source} gives a {type(base).__name__} under --optim lqa: {reason}. Give e.g. AdamW, Adafactor, Lion or"
+            " SGD, which LQA goes around, or leave it out, or use another --optim"
         )
 
 

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+from .options import NO_BASE
 
 #: Optimizers whose update of an element depends on that element's gradient and state, and through nothing but weight
 #: decay on its weight.
@@ -22,18 +26,37 @@ ELEMENTWISE = tuple(
 _PLAIN = (bool, int, float, str, type(None))
 
 
+def why_no_base(base: Any) -> str | None:
+    """Why an optimizer cannot give the direction; `None` where it can."""
+    if not isinstance(base, torch.optim.Optimizer):
+        return "it is no torch.optim.Optimizer"
+    if isinstance(base, AcceleratedOptimizer):
+        return "it is prepared, so whether it steps is Accelerate's matter. Go around its .optimizer, and prepare LQA"
+    if isinstance(base, torch.optim.LBFGS):
+        return "it evaluates the loss itself in every step"
+    if any(group.get("lr") is None for group in base.param_groups):
+        return "its param groups have no 'lr', which LQA sets"
+    if type(base).__name__.lower() in ("lomo", "adalomo"):
+        return NO_BASE["lomo"]
+    if isinstance(base, LayerWiseDummyOptimizer):
+        return NO_BASE["_layerwise"]
+    if callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None)):
+        return NO_BASE["schedule_free"]
+    if any({"d", "growth_rate"} <= group.keys() for group in base.param_groups):
+        return "it estimates a learning rate of its own, and its update is not proportional to 'lr'"
+    return None
+
+
 def check_base(base: torch.optim.Optimizer) -> None:
     """Warn if the rate of `base` looks like one.
 
     Raises:
         ValueError: it is none that `LQA` can step.
     """
-    if isinstance(base, torch.optim.LBFGS):
-        raise ValueError("base=LBFGS: it evaluates the loss itself in every step; use a first-order optimizer")
+    if reason := why_no_base(base):
+        raise ValueError(f"base={type(base).__name__}: {reason}. Use e.g. AdamW, Adafactor, Lion or SGD")
     if not any(group["params"] for group in base.param_groups):
         raise ValueError("base has no parameters: every parameter of the model is frozen (requires_grad=False)")
-    if any("lr" not in group for group in base.param_groups):
-        raise ValueError(f"base={type(base).__name__}: its param groups have no 'lr', which LQA sets")
     if max(float(group["lr"]) for group in base.param_groups) < 0.1:
         warnings.warn(
             f"The base optimizer's lr is {float(base.param_groups[0]['lr'])}. Under LQA it multiplies the step size"

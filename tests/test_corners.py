@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
 from common import Recorder, Replays, arguments, assert_same_weights, logged, rows, tiny_bert, trained, weights
 from transformers import Adafactor, Trainer, TrainerCallback
 
@@ -514,6 +515,21 @@ def test_an_optimizer_that_cannot_be_a_base_is_refused_with_the_methods_name(kin
 
     with pytest.raises(ValueError, match=rf"Builds\.create_optimizer gives .*{reason}"):
         Builds(tiny_bert(), arguments(tmp_path, **SHORT), train_dataset=rows(32)).train()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CANNOT if kind != "zero"])
+def test_an_optimizer_that_cannot_be_a_base_is_refused_without_a_trainer(kind):
+    build, reason = CANNOT[kind]
+    base = build([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=rf"base={type(base).__name__}: .*{reason}.* Use e\.g\. AdamW"):
+        LQA(base)
+
+
+def test_a_prepared_optimizer_is_no_base():
+    prepared = Accelerator(cpu=True).prepare(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=1.0))
+    with pytest.raises(ValueError, match=r"base=AcceleratedOptimizer: .*its \.optimizer, and prepare LQA"):
+        LQA(prepared)
+    LQA(prepared.optimizer)
 
 
 class Replaces(TrainerCallback):

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.utils import DistributedType
 from common import arguments, rows, tiny_bert
 from transformers import Trainer, TrainingArguments
@@ -122,8 +121,3 @@ def test_a_base_that_cannot_be_probed_is_refused(base, tmp_path):
 def test_other_bases_that_are_refused(base):
     with pytest.raises(ValueError, match=rf"optim_args: base='{base}': .* Use e.g. base=adamw_torch"):
         parse_options(SimpleNamespace(optim="lqa", optim_args=f"base={base}"))
-
-
-def test_lbfgs_is_refused():
-    with pytest.raises(ValueError, match="base=LBFGS"):
-        hf_lqa.LQA(torch.optim.LBFGS([torch.ones(2, requires_grad=True)]))
