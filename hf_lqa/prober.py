@@ -102,7 +102,8 @@ class Prober:
         self.state = adapted(self.config, self.state, record.fit, record.by_loss)
         # A radius that was given says nothing of the loss.
         by_loss = record.by_loss and self.config.fixed is None
-        self.rule.observe_probe(probed.begun, record.fit, record.radius, by_loss, self.state.follows_step)
+        bound = max_step(Radius(), record.loss_center, record.fit.slope, None) if record.by_loss else math.inf
+        self.rule.observe_probe(probed.begun, record.fit, record.radius, by_loss, self.state.follows_step, bound)
 
     def take(
         self,

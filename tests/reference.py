@@ -123,8 +123,12 @@ class Reference:
         # One step of 1, 2, 3 and so on, each for a time.
         self.distance, self.until = 1, 12
 
-    def start(self, begun, radius=0.0, minimiser=None):
+    def start(self, begun, radius=0.0, minimiser=None, bound=math.inf):
         """Of the prior in units of the direction, and of a probe whose radius is the loss's."""
+        # What is fast goes no further than a loss above 0 could fall, but as far as the others.
+        for place, first in enumerate(self.first):
+            if begun > bound and first > 1:
+                self.first[place] = first * bound / begun if first * bound > begun else 1.0
         if minimiser is not None and minimiser < radius:
             radius = minimiser
         self.base = self.most = begun if begun > radius else radius

@@ -1,4 +1,5 @@
 import copy
+import functools
 import re
 
 import pytest
@@ -191,6 +192,38 @@ def test_a_head_moves_further_from_the_first_step_on(base):
             unit = p.grad.abs().max() if base is torch.optim.SGD else 1.0
             moved = float((p.detach() - old).abs().max() / unit)
             assert moved == pytest.approx(multiplier * optimizer.step_size, rel=0.01), "but for weight decay"
+
+
+@pytest.mark.parametrize("added", [0.0, 1e3])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)])
+def test_a_head_on_large_features_begins_no_faster_than_the_loss_can_fall(base, added):
+    """As in classifiers made of a decoder, whose head would turn its outputs around at once."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    nn.init.normal_(model[0].weight, std=1.0)
+    nn.init.normal_(model[1].weight, std=1e-3)
+    optimizer = LQA(base(model.parameters(), lr=1.0), total_steps=100)
+    x, labels = torch.randn(8, 64), torch.tensor([0, 1] * 4)
+
+    def closure():
+        return nn.functional.cross_entropy(model(x), labels) + added
+
+    loss = closure()
+    loss.backward()
+    optimizer.step(closure)
+    head = optimizer.multipliers[2] if optimizer.multipliers else 1.0
+    if added:
+        assert head == 8, "what was added says how far the loss may fall"
+        return
+    # By the gradients, at the multipliers that the probe was taken with.
+    gradients = [p.grad if "SGD" in str(base) else p.grad.sign() for p in model.parameters()]
+    promised = sum(
+        first * float((g * p.grad).sum())
+        for first, g, p in zip([1, 8, 8, 8], gradients, model.parameters(), strict=True)
+    )
+    growth = 10 if "SGD" in str(base) else 1
+    begun = optimizer.base_step_size * growth
+    assert 1 < head < 8
+    assert head == pytest.approx(8 * 2 * loss.item() / (begun * promised), rel=0.02)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

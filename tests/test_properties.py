@@ -79,7 +79,8 @@ def probed(rule, config, state, measured, by_loss=True):
     fit, bound = Fit(slope, math.nan, None, Verdict.NON_DESCENT), max_step(state, loss, slope, rule.step_size)
     fit = fit if reach is None else fit_losses(minus, loss, plus, reach, max_step=bound)
     state = adapted(config, state, fit, by_loss)
-    rule.observe_probe(rule.prior, fit, math.nan if reach is None else reach, by_loss, state.follows_step)
+    reach = math.nan if reach is None else reach
+    rule.observe_probe(rule.prior, fit, reach, by_loss, state.follows_step, bound if by_loss else math.inf)
     return state
 
 
@@ -168,7 +169,7 @@ measurements = st.tuples(st.lists(slopes, max_size=8), agreements, st.floats(0, 
     models,
     st.one_of(st.none(), st.integers(1, 10**5)),
     st.floats(0.01, 1),
-    st.tuples(moderate, st.one_of(st.none(), moderate), st.one_of(st.none(), moderate)),
+    st.tuples(moderate, *[st.one_of(st.none(), moderate)] * 3),
     st.lists(measurements, max_size=40),
 )
 def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurements):
@@ -176,15 +177,16 @@ def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurem
     rule.total_steps = total_steps
     rule.begin(shapes, list(map(math.prod, shapes)), 1.0)
     assert rule.prior == pytest.approx(reference.prior, rel=1e-12)
-    scale, reach, minimiser = beginning
+    scale, reach, minimiser, bound = beginning
     if reach is None:
         rule.start(rule.prior * scale)
         reference.start(reference.prior * scale)
     else:
         verdict = Verdict.NON_CONVEX if minimiser is None else Verdict.ACCEPTED
-        rule.observe_probe(rule.prior * scale, Fit(-1.0, math.nan, minimiser, verdict), reach, True, False)
-        reference.start(reference.prior * scale, reach, minimiser)
-    assert (rule.multipliers(len(shapes)) or [1.0] * len(shapes)) == reference.first
+        bound = math.inf if bound is None else rule.prior * bound
+        rule.observe_probe(rule.prior * scale, Fit(-1.0, math.nan, minimiser, verdict), reach, True, False, bound)
+        reference.start(reference.prior * scale, reach, minimiser, bound)
+    assert (rule.multipliers(len(shapes)) or [1.0] * len(shapes)) == pytest.approx(reference.first, rel=1e-12)
     step = 0
     for measured, agreement, factor in measurements:
         assert rule.factor(step) == reference.ramp(step)

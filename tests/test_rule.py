@@ -315,6 +315,19 @@ def test_it_begins_where_shapes_say_but_no_nearer_than_the_first_radius(begun, r
     assert rule.step_size == (begins or 4.0), "no later probe moves it"
 
 
+@pytest.mark.parametrize(
+    "bound, growth, head", [(math.inf, 1, 8), (math.nan, 1, 8), (2.0, 1, 8), (0.5, 1, 2), (0.1, 1, 1), (10.0, 10, 4)]
+)
+def test_a_head_does_not_begin_faster_than_a_loss_above_0_can_fall(bound, growth, head):
+    rule = Displacement()
+    rule.begin(SHAPES, list(map(math.prod, SHAPES)), growth)
+    rule.observe_probe(2.0, ACCEPTED, 1e-9, True, False, bound)
+    assert rule.step_size == 2.0
+    assert (rule.multipliers(3) or [1, 1, 1]) == [1, head, head]
+    rule.observe_probe(2.0, ACCEPTED, 1e-9, True, False, 1e-3)
+    assert (rule.multipliers(3) or [1, 1, 1]) == [1, head, head], "a later probe is a measurement"
+
+
 @pytest.mark.parametrize("minimiser, most", [(1.05, 1.05), (0.1, 1.0), (None, 1.0)])
 def test_it_grows_as_far_as_the_first_minimiser_and_comes_back_from_there(minimiser, most):
     rule = started(minimiser=minimiser)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..quadratic import Fit, Verdict
 from .agreement import Agreement, averaged, moved
 from .head import adapters, head_multipliers
-from .multipliers import MultiplierConfig, Multipliers, rounded, updated
+from .multipliers import MultiplierConfig, Multipliers, rounded, slowed, updated
 from .prior import PriorConfig, base_step_size
 from .records import Measurement, require_interval
 
@@ -54,6 +54,9 @@ class Displacement:
     per-tensor multipliers (`updated`). After the ramp it also moves the base step size by the sign agreement of late
     (`moved`): before, steps are short because the ramp makes them so. Number ``k`` of either, from 0, has the weight
     ``w = f / sqrt(k + window)`` where ramp and schedule multiply the step by ``f``.
+
+    Head and vectors are fast from the start, but not so fast that a whole first step promises more than a loss above 0
+    can give (`observe_probe`): the head of a classifier made of a decoder would turn its outputs around at once.
 
     Probes every `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size
     may grow by: it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far
@@ -141,14 +144,19 @@ class Displacement:
         """
         self.step_size = self.ceiling = begun
 
-    def observe_probe(self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool) -> None:
+    def observe_probe(
+        self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool, bound: float = math.inf
+    ) -> None:
         """Take a probe's fit; after the first, `step_size` is there.
+
+        First multipliers are divided by ``begun / bound`` where that is more than 1, and are no less than 1 then.
 
         Args:
             begun: as for `start`; NaN where that is not known.
             radius: of the probe; NaN where there was none, as where the gradient is 0.
             by_loss: whether it is what the loss's value says, and neither searched for nor given.
             follows_step: whether the loss is no scale.
+            bound: beyond which a loss that stays above 0 cannot have its minimum, see `max_step`.
         """
         known = math.isfinite(begun) and math.isfinite(radius)
         if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not known:
@@ -156,6 +164,7 @@ class Displacement:
         radius, minimiser = radius / self.growth, (fit.step_size or math.inf) / self.growth
         self.step_size = max(begun, min(radius, minimiser)) if by_loss else begun
         self.ceiling = max(self.step_size, minimiser) if fit.step_size else self.step_size
+        self.state = slowed(self.state, begun * self.growth / bound)
 
     def observe(self, measurement: Measurement) -> None:
         """Take what a step, `wants_measurement`, said of the way that training has come."""

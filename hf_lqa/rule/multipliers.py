@@ -50,6 +50,13 @@ class Multipliers:
         return cls(tuple(first), zeros, zeros, still=tuple(still))
 
 
+def slowed(state: Multipliers, excess: float) -> Multipliers:
+    """With first multipliers divided by `excess` where that is more than 1; none becomes less than 1 by it."""
+    if not 1 < excess < math.inf:
+        return state
+    return replace(state, first=tuple(max(min(first, 1.0), first / excess) for first in state.first))
+
+
 def updated(
     state: Multipliers,
     slopes: Sequence[float | None],

@@ -66,7 +66,9 @@ class Paper:
     def start(self, begun: float) -> None:
         raise NotImplementedError  # never asked for: who needs replays is refused without a closure
 
-    def observe_probe(self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool) -> None:
+    def observe_probe(
+        self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool, bound: float = math.inf
+    ) -> None:
         if fit.step_size:
             self.step_size = fit.step_size
         elif math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
