@@ -125,9 +125,9 @@ class Reference:
 
     def start(self, begun, radius=0.0, minimiser=None, bound=math.inf):
         """Of the prior in units of the direction, and of a probe whose radius is the loss's."""
-        # What is fast goes no further than a loss above 0 could fall, but as far as the others.
+        # What is fast beside adapters goes no further than a loss above 0 could fall, but as far as they do.
         for place, first in enumerate(self.first):
-            if begun > bound and first > 1:
+            if self.adapters and begun > bound and first > 1:
                 self.first[place] = first * bound / begun if first * bound > begun else 1.0
         if minimiser is not None and minimiser < radius:
             radius = minimiser

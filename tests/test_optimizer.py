@@ -194,14 +194,29 @@ def test_a_head_moves_further_from_the_first_step_on(base):
             assert moved == pytest.approx(multiplier * optimizer.step_size, rel=0.01), "but for weight decay"
 
 
+class Adapted(nn.Module):
+    """Three frozen layers with adapters, and a fresh head; on features as large as a decoder's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)).requires_grad_(False)
+        self.down = nn.ModuleList(nn.Linear(64, 4, bias=False) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(4, 64, bias=False) for _ in range(3))
+        self.head = nn.Linear(64, 2)
+        nn.init.normal_(self.head.weight, std=1e-3)
+
+    def forward(self, x):
+        for layer, down, up in zip(self.layers, self.down, self.up, strict=True):
+            x = x + layer(x) + up(down(x))
+        return self.head(2 * x)
+
+
 @pytest.mark.parametrize("added", [0.0, 1e3])
 @pytest.mark.parametrize("base", [torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)])
-def test_a_head_on_large_features_begins_no_faster_than_the_loss_can_fall(base, added):
-    """As in classifiers made of a decoder, whose head would turn its outputs around at once."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-    nn.init.normal_(model[0].weight, std=1.0)
-    nn.init.normal_(model[1].weight, std=1e-3)
-    optimizer = LQA(base(model.parameters(), lr=1.0), total_steps=100)
+def test_a_head_beside_adapters_begins_no_faster_than_the_loss_can_fall(base, added):
+    model = Adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = LQA(base(trained, lr=1.0), total_steps=100)
     x, labels = torch.randn(8, 64), torch.tensor([0, 1] * 4)
 
     def closure():
@@ -210,18 +225,18 @@ def test_a_head_on_large_features_begins_no_faster_than_the_loss_can_fall(base, 
     loss = closure()
     loss.backward()
     optimizer.step(closure)
-    head = optimizer.multipliers[2] if optimizer.multipliers else 1.0
+    head = optimizer.multipliers[-1]
+    assert optimizer.multipliers == [*6 * [1], head, head]
     if added:
         assert head == 8, "what was added says how far the loss may fall"
         return
+    sgd = base is not torch.optim.AdamW
     # By the gradients, at the multipliers that the probe was taken with.
-    gradients = [p.grad if "SGD" in str(base) else p.grad.sign() for p in model.parameters()]
     promised = sum(
-        first * float((g * p.grad).sum())
-        for first, g, p in zip([1, 8, 8, 8], gradients, model.parameters(), strict=True)
+        first * float((p.grad * (p.grad if sgd else p.grad.sign())).sum())
+        for first, p in zip([*6 * [1], 8, 8], trained, strict=True)
     )
-    growth = 10 if "SGD" in str(base) else 1
-    begun = optimizer.base_step_size * growth
+    begun = optimizer.base_step_size * (10 if sgd else 1)
     assert 1 < head < 8
     assert head == pytest.approx(8 * 2 * loss.item() / (begun * promised), rel=0.02)
 

@@ -318,14 +318,17 @@ def test_it_begins_where_shapes_say_but_no_nearer_than_the_first_radius(begun, r
 @pytest.mark.parametrize(
     "bound, growth, head", [(math.inf, 1, 8), (math.nan, 1, 8), (2.0, 1, 8), (0.5, 1, 2), (0.1, 1, 1), (10.0, 10, 4)]
 )
-def test_a_head_does_not_begin_faster_than_a_loss_above_0_can_fall(bound, growth, head):
-    rule = Displacement()
-    rule.begin(SHAPES, list(map(math.prod, SHAPES)), growth)
-    rule.observe_probe(2.0, ACCEPTED, 1e-9, True, False, bound)
-    assert rule.step_size == 2.0
-    assert (rule.multipliers(3) or [1, 1, 1]) == [1, head, head]
+def test_a_head_beside_adapters_begins_no_faster_than_a_loss_above_0_can_fall(bound, growth, head):
+    rule, whole = Displacement(), Displacement()
+    shapes = [*3 * LORA, (4, 12), (4,)]
+    for each, of in ((rule, shapes), (whole, SHAPES)):
+        each.begin(of, list(map(math.prod, of)), growth)
+        each.observe_probe(2.0, ACCEPTED, 1e-9, True, False, bound)
+        assert each.step_size == 2.0
+    assert (rule.multipliers(8) or 8 * [1]) == [*6 * [1], head, head]
+    assert whole.multipliers(3) == [1, 8, 8]
     rule.observe_probe(2.0, ACCEPTED, 1e-9, True, False, 1e-3)
-    assert (rule.multipliers(3) or [1, 1, 1]) == [1, head, head], "a later probe is a measurement"
+    assert (rule.multipliers(8) or 8 * [1]) == [*6 * [1], head, head], "a later probe is a measurement"
 
 
 @pytest.mark.parametrize("minimiser, most", [(1.05, 1.05), (0.1, 1.0), (None, 1.0)])

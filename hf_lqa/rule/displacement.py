@@ -55,8 +55,8 @@ class Displacement:
     (`moved`): before, steps are short because the ramp makes them so. Number ``k`` of either, from 0, has the weight
     ``w = f / sqrt(k + window)`` where ramp and schedule multiply the step by ``f``.
 
-    Head and vectors are fast from the start, but not so fast that a whole first step promises more than a loss above 0
-    can give (`observe_probe`): the head of a classifier made of a decoder would turn its outputs around at once.
+    Adapters have a base step size ten times that of a whole model, and a head beside them is none: it is fast, but not
+    so fast that a whole first step promises more than a loss above 0 can give (`observe_probe`).
 
     Probes every `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size
     may grow by: it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far
@@ -149,7 +149,7 @@ class Displacement:
     ) -> None:
         """Take a probe's fit; after the first, `step_size` is there.
 
-        First multipliers are divided by ``begun / bound`` where that is more than 1, and are no less than 1 then.
+        Beside adapters, first multipliers are divided by ``begun / bound`` where that is more than 1, down to 1.
 
         Args:
             begun: as for `start`; NaN where that is not known.
@@ -164,7 +164,8 @@ class Displacement:
         radius, minimiser = radius / self.growth, (fit.step_size or math.inf) / self.growth
         self.step_size = max(begun, min(radius, minimiser)) if by_loss else begun
         self.ceiling = max(self.step_size, minimiser) if fit.step_size else self.step_size
-        self.state = slowed(self.state, begun * self.growth / bound)
+        if self.state.still:
+            self.state = slowed(self.state, begun * self.growth / bound)
 
     def observe(self, measurement: Measurement) -> None:
         """Take what a step, `wants_measurement`, said of the way that training has come."""
