@@ -111,6 +111,7 @@ STAGES: dict[str, list[Entry]] = {
         (["smollm2"], ["lqa", *adamw("1e-4", "1e-4")], FRESH_SEEDS[:3], {}),
         (["trec6_lora"], ["lqa", *adamw("1e-3", "3e-3")], FRESH_SEEDS, {}),
         (["election"], ["lqa", *adamw("1e-4", "3e-4")], FRESH_SEEDS, {}),
+        (["trec6_smollm2_lora", "r8_smollm2_lora"], ["lqa", *adamw("3e-3", "3e-3")], FRESH_SEEDS[:2], {}),
     ],
     "held_out": [
         (["newsgroups", "election", "friends", "minilm_mlm"], ["lqa", *adamw("3e-5", "3e-3")], SEEDS, {}),
@@ -156,12 +157,12 @@ STAGES: dict[str, list[Entry]] = {
     ],
     "formulas_decoders": [
         (DECODERS, [*PLAIN, *HEAD], SEEDS, {}),
-        (LANGUAGE, PLAIN, SEEDS, {}),
+        (LANGUAGE, [*PLAIN, *HEAD], SEEDS, {}),
     ],
     "formulas_scratch": [
         (PAPER, PLAIN, SEEDS, {}),
         (["minilm_mlm"], [*PLAIN, *HEAD], SEEDS, {}),
-        (["trec6_head", "vit_scratch", "gpt2_scratch"], PLAIN, SEEDS, {}),
+        (["trec6_head", "vit_scratch", "gpt2_scratch"], [*PLAIN, *HEAD], SEEDS, {}),
     ],
     "headline": [
         (["trec6", "banking77", "vader_tweets", "r8"], ["lqa", *adamw("1e-4", "3e-4"), *PLAIN, *HEAD], SEEDS, HEADLINE),
@@ -186,7 +187,7 @@ STAGES: dict[str, list[Entry]] = {
         (["election_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
         (["clinc150_smollm2"], ["lqa", *adamw("1e-4", "1e-3"), *PLAIN, *HEAD], SEEDS, {}),
         (["stsb_smollm2_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
-        (["t5_scratch"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN], SEEDS, {}),
+        (["t5_scratch"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
     ],
     "sgd": [(TEXTS, [f"sgd@{rate}+warmup+momentum=0.9" for rate in ("3e-3", "1e-2", "3e-2")], [0], {})],
 }
