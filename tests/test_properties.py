@@ -185,8 +185,8 @@ def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurem
         verdict = Verdict.NON_CONVEX if minimiser is None else Verdict.ACCEPTED
         bound = math.inf if bound is None else rule.prior * bound
         rule.observe_probe(rule.prior * scale, Fit(-1.0, math.nan, minimiser, verdict), reach, True, False, bound)
-        reference.start(reference.prior * scale, reach, minimiser, bound)
-    assert (rule.multipliers(len(shapes)) or [1.0] * len(shapes)) == pytest.approx(reference.first, rel=1e-12)
+        reference.start(rule.prior * scale, reach, minimiser, bound)
+    assert (rule.multipliers(len(shapes)) or [1.0] * len(shapes)) == reference.first
     step = 0
     for measured, agreement, factor in measurements:
         assert rule.factor(step) == reference.ramp(step)

