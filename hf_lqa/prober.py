@@ -21,6 +21,7 @@ from .groups import growth, rescaled, same, with_gradient
 from .quadratic import Fit, Verdict, fit_losses, is_beyond
 from .rule import Rule
 from .rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
+from .rule.records import Probe
 
 #: Two probes contradict the gradients by the same factor if these differ by no more than this share.
 _THE_SAME = 0.1
@@ -103,7 +104,8 @@ class Prober:
         # A radius that was given says nothing of the loss.
         by_loss = record.by_loss and self.config.fixed is None
         bound = max_step(Radius(), record.loss_center, record.fit.slope, None) if record.by_loss else math.inf
-        self.rule.observe_probe(probed.begun, record.fit, record.radius, by_loss, self.state.follows_step, bound)
+        follows = self.state.follows_step
+        self.rule.observe_probe(Probe(record.fit, record.radius, probed.begun, by_loss, follows, bound))
 
     def take(
         self,

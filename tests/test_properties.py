@@ -12,6 +12,7 @@ from reference import Reference
 from hf_lqa import Fit, Verdict, fit_losses
 from hf_lqa.rule import OPTIONS, Displacement, Measurement, build
 from hf_lqa.rule.radius import Radius, adapted, first_radius, max_step, radius
+from hf_lqa.rule.records import Probe
 
 anything = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_subnormal=True)
@@ -80,7 +81,8 @@ def probed(rule, config, state, measured, by_loss=True):
     fit = fit if reach is None else fit_losses(minus, loss, plus, reach, max_step=bound)
     state = adapted(config, state, fit, by_loss)
     reach = math.nan if reach is None else reach
-    rule.observe_probe(rule.prior, fit, reach, by_loss, state.follows_step, bound if by_loss else math.inf)
+    bound = bound if by_loss else math.inf
+    rule.observe_probe(Probe(fit, reach, rule.prior, by_loss, state.follows_step, bound))
     return state
 
 
@@ -184,7 +186,8 @@ def test_the_rule_is_its_reference(shapes, total_steps, eta, beginning, measurem
     else:
         verdict = Verdict.NON_CONVEX if minimiser is None else Verdict.ACCEPTED
         bound = math.inf if bound is None else rule.prior * bound
-        rule.observe_probe(rule.prior * scale, Fit(-1.0, math.nan, minimiser, verdict), reach, True, False, bound)
+        fit = Fit(-1.0, math.nan, minimiser, verdict)
+        rule.observe_probe(Probe(fit, reach, rule.prior * scale, bound=bound))
         reference.start(rule.prior * scale, reach, minimiser, bound)
     assert (rule.multipliers(len(shapes)) or [1.0] * len(shapes)) == reference.first
     step = 0

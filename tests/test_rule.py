@@ -15,6 +15,7 @@ from hf_lqa.rule.head import adapters, head_multipliers
 from hf_lqa.rule.multipliers import MultiplierConfig, Multipliers, rounded, updated
 from hf_lqa.rule.prior import PriorConfig, base_step_size, typical_size
 from hf_lqa.rule.radius import Radius, RadiusConfig, adapted, first_radius, max_step, radius
+from hf_lqa.rule.records import Probe
 
 PRIOR, TURN, REACH = PriorConfig(), MultiplierConfig(), RadiusConfig()
 MEMORY, GAIN = DisplacementConfig().memory, DisplacementConfig.gain
@@ -289,7 +290,7 @@ def started(begun=1.0, steps=100, shapes=SHAPES, minimiser=1e9):
     rule = Displacement()
     rule.total_steps = steps
     rule.begin(shapes, list(map(math.prod, shapes)), 1.0)
-    rule.observe_probe(begun, replace(ACCEPTED, step_size=minimiser), 1e-9, True, False)
+    rule.observe_probe(Probe(replace(ACCEPTED, step_size=minimiser), 1e-9, begun))
     return rule
 
 
@@ -308,10 +309,10 @@ def started(begun=1.0, steps=100, shapes=SHAPES, minimiser=1e9):
 )
 def test_it_begins_where_shapes_say_but_no_nearer_than_the_first_radius(begun, reach, by_loss, verdict, begins):
     rule = Displacement()
-    rule.observe_probe(begun, failed(verdict), reach, by_loss, not by_loss)
+    rule.observe_probe(Probe(failed(verdict), reach, begun, by_loss, not by_loss))
     assert rule.step_size == begins
     assert rule.wants_probe(7) is (begins is None), "until there is a step size, every step is probed"
-    rule.observe_probe(4.0, ACCEPTED, 4.0, True, False)
+    rule.observe_probe(Probe(ACCEPTED, 4.0, 4.0))
     assert rule.step_size == (begins or 4.0), "no later probe moves it"
 
 
@@ -323,18 +324,18 @@ def test_a_head_beside_adapters_begins_no_faster_than_a_loss_above_0_can_fall(bo
     shapes = [*3 * LORA, (4, 12), (4,)]
     for each, of in ((rule, shapes), (whole, SHAPES)):
         each.begin(of, list(map(math.prod, of)), growth)
-        each.observe_probe(2.0, ACCEPTED, 1e-9, True, False, bound)
+        each.observe_probe(Probe(ACCEPTED, 1e-9, 2.0, bound=bound))
         assert each.step_size == 2.0
     assert (rule.multipliers(8) or 8 * [1]) == [*6 * [1], head, head]
     assert whole.multipliers(3) == [1, 8, 8]
-    rule.observe_probe(2.0, ACCEPTED, 1e-9, True, False, 1e-3)
+    rule.observe_probe(Probe(ACCEPTED, 1e-9, 2.0, bound=1e-3))
     assert (rule.multipliers(8) or 8 * [1]) == [*6 * [1], head, head], "a later probe is a measurement"
 
 
 @pytest.mark.parametrize("minimiser, most", [(1.05, 1.05), (0.1, 1.0), (None, 1.0)])
 def test_it_grows_as_far_as_the_first_minimiser_and_comes_back_from_there(minimiser, most):
     rule = started(minimiser=minimiser)
-    rule.observe_probe(1.0, replace(ACCEPTED, step_size=9.0), 1.0, True, False)
+    rule.observe_probe(Probe(replace(ACCEPTED, step_size=9.0), 1.0, 1.0))
     for _ in range(3):
         rule.observe(Measurement([-1.0, 1.0, 1.0], -0.9, 1.0, 99))
         assert rule.step_size == pytest.approx(most)
@@ -449,7 +450,7 @@ def test_the_papers_step_is_each_batchs_minimiser_or_the_last():
         (ACCEPTED, 0.1),
         *((failed(verdict), 0.1) for verdict in Verdict if not verdict.usable),
     ):
-        rule.observe_probe(1.0, fit, reach, True, False)
+        rule.observe_probe(Probe(fit, reach, 1.0))
         found.append(rule.step_size)
     assert found == [None, None, 0.25, 0.25, *6 * [0.5]]
 
@@ -457,8 +458,8 @@ def test_the_papers_step_is_each_batchs_minimiser_or_the_last():
 def test_where_the_loss_is_no_scale_the_papers_step_follows_what_a_probe_can_see():
     for verdict, step_size in ((Verdict.NON_CONVEX, 0.1), (Verdict.BELOW_NOISE, 0.5), (Verdict.NON_FINITE, 0.5)):
         rule = Paper()
-        rule.observe_probe(1.0, ACCEPTED, 0.25, False, True)
-        rule.observe_probe(1.0, failed(verdict), 0.1, True, True)
+        rule.observe_probe(Probe(ACCEPTED, 0.25, 1.0, False, True))
+        rule.observe_probe(Probe(failed(verdict), 0.1, 1.0, True, True))
         assert rule.step_size == step_size, verdict
 
 
@@ -467,7 +468,7 @@ def test_the_paper_probes_every_step_or_as_often_as_it_is_told_and_measures_noth
     assert rare.wants_probe(1), "nothing was measured yet"
     for each in (rule, rare):
         each.begin(SHAPES, list(map(math.prod, SHAPES)), 1.0)
-        each.observe_probe(1.0, ACCEPTED, 0.25, True, False)
+        each.observe_probe(Probe(ACCEPTED, 0.25, 1.0))
         each.observe(Measurement([-1.0, 1.0, 1.0], -1.0, 1.0, 99))
         assert each.step_size == ACCEPTED.step_size and each.multipliers(3) == [] and each.factor(0) == 1
         assert not any(map(each.wants_measurement, range(100)))

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from ..quadratic import Fit, Verdict
+from ..quadratic import Verdict
 from .agreement import Agreement, averaged, moved
 from .head import adapters, head_multipliers
 from .multipliers import MultiplierConfig, Multipliers, rounded, slowed, updated
 from .prior import PriorConfig, base_step_size
-from .records import Measurement, require_interval
+from .records import Measurement, Probe, require_interval
 
 
 @dataclass(frozen=True)
@@ -144,28 +144,20 @@ class Displacement:
         """
         self.step_size = self.ceiling = begun
 
-    def observe_probe(
-        self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool, bound: float = math.inf
-    ) -> None:
+    def observe_probe(self, probe: Probe) -> None:
         """Take a probe's fit; after the first, `step_size` is there.
 
-        Beside adapters, first multipliers are divided by ``begun / bound`` where that is more than 1, down to 1.
-
-        Args:
-            begun: as for `start`; NaN where that is not known.
-            radius: of the probe; NaN where there was none, as where the gradient is 0.
-            by_loss: whether it is what the loss's value says, and neither searched for nor given.
-            follows_step: whether the loss is no scale.
-            bound: beyond which a loss that stays above 0 cannot have its minimum, see `max_step`.
+        Beside adapters, first multipliers are divided by ``begun growth / bound`` where that is more than 1, down to 1.
         """
-        known = math.isfinite(begun) and math.isfinite(radius)
+        begun, fit = probe.begun, probe.fit
+        known = math.isfinite(begun) and math.isfinite(probe.radius)
         if self.step_size is not None or fit.verdict is Verdict.NON_FINITE or not known:
             return
-        radius, minimiser = radius / self.growth, (fit.step_size or math.inf) / self.growth
-        self.step_size = max(begun, min(radius, minimiser)) if by_loss else begun
+        radius, minimiser = probe.radius / self.growth, (fit.step_size or math.inf) / self.growth
+        self.step_size = max(begun, min(radius, minimiser)) if probe.by_loss else begun
         self.ceiling = max(self.step_size, minimiser) if fit.step_size else self.step_size
         if self.state.still:
-            self.state = slowed(self.state, begun * self.growth / bound)
+            self.state = slowed(self.state, begun * self.growth / probe.bound)
 
     def observe(self, measurement: Measurement) -> None:
         """Take what a step, `wants_measurement`, said of the way that training has come."""

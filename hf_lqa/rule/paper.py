@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..quadratic import Fit, Verdict
+from ..quadratic import Verdict
 from .prior import PriorConfig, base_step_size
-from .records import Measurement, require_interval
+from .records import Measurement, Probe, require_interval
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,13 @@ class Paper:
     def start(self, begun: float) -> None:
         raise NotImplementedError  # never asked for: who needs replays is refused without a closure
 
-    def observe_probe(
-        self, begun: float, fit: Fit, radius: float, by_loss: bool, follows_step: bool, bound: float = math.inf
-    ) -> None:
-        if fit.step_size:
-            self.step_size = fit.step_size
-        elif math.isfinite(radius) and fit.verdict is not Verdict.NON_FINITE:
-            held = self.step_size is not None and (not follows_step or fit.verdict is Verdict.BELOW_NOISE)
-            self.step_size = self.step_size if held else radius
+    def observe_probe(self, probe: Probe) -> None:
+        verdict = probe.fit.verdict
+        if probe.fit.step_size:
+            self.step_size = probe.fit.step_size
+        elif math.isfinite(probe.radius) and verdict is not Verdict.NON_FINITE:
+            held = self.step_size is not None and (not probe.follows_step or verdict is Verdict.BELOW_NOISE)
+            self.step_size = self.step_size if held else probe.radius
 
     def observe(self, measurement: Measurement) -> None:
         pass

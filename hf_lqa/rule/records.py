@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from ..quadratic import Fit
+
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise a `ValueError` that names an argument, its value and what is allowed, unless `condition` holds."""
@@ -47,6 +49,28 @@ class Measurement:
     agreement: float
     factor: float
     step: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe says to a rule. Distances are in units of the direction.
+
+    Attributes:
+        fit: the parabola.
+        radius: of the probe; NaN where there was none, as where the gradient is 0.
+        begun: `Displacement.prior` there; NaN after the first probe, and where it is not known.
+        by_loss: whether the radius is what the loss's value says, and neither searched for nor given.
+        follows_step: whether the loss is no scale.
+        bound: beyond which a loss that stays above 0 cannot have its minimum, see `max_step`; infinite where it is no
+            scale.
+    """
+
+    fit: Fit
+    radius: float
+    begun: float = math.nan
+    by_loss: bool = True
+    follows_step: bool = False
+    bound: float = math.inf
 
 
 def weights_of(sizes: Sequence[int]) -> list[float]:
