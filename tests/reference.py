@@ -28,6 +28,8 @@ class Reference:
             above += math.sqrt(size) * math.log(size)
             below += math.sqrt(size)
         typical = math.exp(above / below) if counted else 1.0
+        self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
+
         # Adapters: of each rank the first wide matrix and the first that takes its result, then the second ones. If as
         # many wide ones stand beside one that takes their result, these.
         self.adapters, last_wide = [], -1
@@ -50,10 +52,6 @@ class Reference:
                     last_wide = max(last_wide, first)
         if len(self.adapters) < 0.75 * len(matrices):
             self.adapters = []
-        # Of a pair only one factor has an effect at first.
-        if self.adapters:
-            typical /= 2
-        self.prior = 0.56 / math.sqrt(typical) / self.total_steps**0.3
 
         # How many other matrices have a matrix's shape: one is alone, three are layers.
         matrices = [(place, size) for place, size in matrices if place not in self.adapters]

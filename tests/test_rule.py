@@ -49,16 +49,6 @@ def test_a_run_ten_times_as_long_begins_half_as_far():
     assert unknown == at_1000
 
 
-@pytest.mark.parametrize("head", [[], [(4, 12), (4,)]])
-def test_adapters_begin_further_for_only_one_of_a_pair_has_an_effect_at_first(head):
-    rule, shapes = Displacement(), [*3 * [(2, 12), (12, 2)], *head]
-    rule.begin(shapes, list(map(math.prod, shapes)), 1.0)
-    assert rule.prior == pytest.approx(math.sqrt(2) * base_step_size(shapes, None, PRIOR))
-    shapes[:4] = [(12, 12)] * 4
-    rule.begin(shapes, list(map(math.prod, shapes)), 1.0)
-    assert rule.prior == base_step_size(shapes, None, PRIOR), "these are layers"
-
-
 #: An adapter of a matrix.
 LORA = [(2, 12), (12, 2)]
 

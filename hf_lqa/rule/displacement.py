@@ -55,8 +55,8 @@ class Displacement:
     (`moved`): before, steps are short because the ramp makes them so. Number ``k`` of either, from 0, has the weight
     ``w = f / sqrt(k + window)`` where ramp and schedule multiply the step by ``f``.
 
-    Adapters have a base step size more than ten times that of a whole model, and a head beside them is none: it is
-    fast, but not so fast that a whole first step promises more than a loss above 0 can give (`observe_probe`).
+    Adapters have a base step size ten times that of a whole model, and a head beside them is none: it is fast, but not
+    so fast that a whole first step promises more than a loss above 0 can give (`observe_probe`).
 
     Probes every `probe_interval` steps are measurements, on which nothing depends. The first is what the base step size
     may grow by: it stays below the minimiser of that parabola, which knows its own batch alone and so lies too far
@@ -132,8 +132,8 @@ class Displacement:
         """
         self.sizes, self.growth = tuple(sizes), growth
         prior = self.config.prior
+        self.prior = base_step_size(shapes, self.total_steps, prior) / growth
         adapted = adapters(shapes)
-        self.prior = base_step_size(shapes, self.total_steps, prior, bool(adapted)) / growth
         self.state = Multipliers.started(head_multipliers(shapes, adapted, prior.head), adapted)
 
     def start(self, begun: float) -> None:

@@ -45,9 +45,7 @@ def typical_size(shapes: Sequence[tuple[int, ...]]) -> float:
     return math.exp(sum(w * math.log(n) for w, n in zip(weights, sizes, strict=True)) / sum(weights)) if sizes else 0.0
 
 
-def base_step_size(
-    shapes: Sequence[tuple[int, ...]], total_steps: int | None, config: PriorConfig, adapted: bool = False
-) -> float:
+def base_step_size(shapes: Sequence[tuple[int, ...]], total_steps: int | None, config: PriorConfig) -> float:
     """``length / sqrt(m) / total_steps**decay``: how far a step moves an element at the schedule's peak.
 
     For AdamW, whose first update is of size 1 in each element, this is a learning rate.
@@ -55,12 +53,9 @@ def base_step_size(
     Args:
         shapes: as for `typical_size`, ``m``.
         total_steps: how many steps training has, ``>= 1``; `None` where that is not known.
-        adapted: whether these are adapters. Then half of ``m`` counts: a pair begins with a factor of zeros, so that
-            what the other one does changes nothing at first.
     """
     steps = config.unknown if total_steps is None else total_steps
-    size = typical_size(shapes) / (2 if adapted else 1)
-    return config.length / math.sqrt(size or 1.0) / steps**config.decay
+    return config.length / math.sqrt(typical_size(shapes) or 1.0) / steps**config.decay
 
 
 def elements_of_matrices(shapes: Sequence[tuple[int, ...]]) -> list[int]:
