@@ -13,6 +13,7 @@ import torch
 for module in ("datasets", "evaluate", "matplotlib", "peft", "scipy", "sklearn"):
     pytest.importorskip(module)
 
+from peft.tuners.lora import LoraLayer  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -162,6 +163,13 @@ def test_the_part_that_is_trained(folder, name, trained):
     found = {weight_name for weight_name, weight in weights if weight.requires_grad}
     assert found and all(any(part in weight_name for part in trained) for weight_name in found)
     assert all(any(part in weight_name for weight_name in found) for part in trained)
+
+
+@pytest.mark.parametrize("name, scaling", [("trec6_lora", 2), ("trec6_lora_alpha2", 0.25), ("trec6_lora_alpha64", 8)])
+def test_the_scale_of_adapters(folder, name, scaling):
+    options = run.options_of(["--data_dir", str(folder), "--model", str(folder / "encoder")])
+    modules = loaders.load(name, stages.filled(name, options)).model().modules()
+    assert {module.scaling["default"] for module in modules if isinstance(module, LoraLayer)} == {scaling}
 
 
 def test_rows_are_masked_once_for_all(folder):

@@ -127,14 +127,15 @@ def smollm2(cache: Path) -> Path:
     return quickstart.fetched(cache / "smollm2-135m", fill)
 
 
-def trained_part(model: Any, part: str, kind: str) -> nn.Module:
+def trained_part(model: Any, task: tasks.Task, kind: str) -> nn.Module:
     """The model with all, the head alone or adapters (and the head) to be trained."""
-    if part == "head":
+    if task.part == "head":
         model.base_model.requires_grad_(False)
-    if part == "lora":
+    if task.part == "lora":
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=kind))
+        lora = LoraConfig(r=8, lora_alpha=task.alpha, target_modules="all-linear", task_type=kind)
+        return get_peft_model(model, lora)
     return model
 
 
@@ -159,7 +160,7 @@ def language(task: tasks.Task, options: argparse.Namespace) -> Loaded:
     def model() -> nn.Module:
         made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         made.config.use_cache = False
-        return trained_part(made, task.part, "CAUSAL_LM")
+        return trained_part(made, task, "CAUSAL_LM")
 
     return Loaded(splits[0], spread(splits[1], options.max_eval_samples), model)
 

@@ -44,6 +44,7 @@ class Task:
         data: the data set, where it is not called as the task is.
         model: that is fine-tuned, "minilm" or "smollm2".
         part: that is trained of a pretrained model: "all", "lora" or "head".
+        alpha: of LoRA, whose rank is 8; `lora_alpha` of PEFT. The more, the lower the rate that it wants.
     """
 
     name: str
@@ -55,16 +56,24 @@ class Task:
     data: str = ""
     model: str = ""
     part: str = "all"
+    alpha: int = 16
 
 
-def _text(name: str, kind: str = ENCODER, split: str = "search", tokens: int = 16, metric: str = "accuracy") -> Task:
+def _text(
+    name: str,
+    kind: str = ENCODER,
+    split: str = "search",
+    tokens: int = 16,
+    metric: str = "accuracy",
+    alpha: int = Task.alpha,
+) -> Task:
     """A classifier or regression of texts, of which its name says the data and its kind the model."""
     setting = {**SHORT, "max_length": tokens}
     # A data set whose name has two parts is used as it is.
     data = name if kind == ENCODER else name.partition("_")[0]
     part = "lora" if kind in (ENCODER_LORA, DECODER_LORA) else "head" if kind == HEAD else "all"
     model = "smollm2" if kind in (DECODER, DECODER_LORA) else "minilm"
-    return Task(name, kind, split, "texts:text", setting, metric, data, model, part)
+    return Task(name, kind, split, "texts:text", setting, metric, data, model, part, alpha)
 
 
 _SHAKESPEARE: Any = ("search", "loaders:language", _setting(100, 2, 64, 16))
@@ -89,6 +98,10 @@ _TASKS = [
     _text("banking77_lora", ENCODER_LORA),
     _text("clinc150_lora", ENCODER_LORA),
     _text("r8_lora", ENCODER_LORA),
+    _text("trec6_lora_alpha2", ENCODER_LORA, alpha=2),
+    _text("r8_lora_alpha2", ENCODER_LORA, alpha=2),
+    _text("trec6_lora_alpha64", ENCODER_LORA, alpha=64),
+    _text("r8_lora_alpha64", ENCODER_LORA, alpha=64),
     _text("election_lora", ENCODER_LORA, "kept"),
     _text("trec6_head", HEAD),
     _text("trec6_smollm2", DECODER),

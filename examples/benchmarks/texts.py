@@ -127,7 +127,7 @@ def text(task: tasks.Task, options: argparse.Namespace) -> Loaded:
         if kept is not None:
             vectors = made.get_input_embeddings().weight.data[kept]
             made.set_input_embeddings(nn.Embedding.from_pretrained(vectors, freeze=False, padding_idx=0))
-        return trained_part(made, task.part, "SEQ_CLS")
+        return trained_part(made, task, "SEQ_CLS")
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         labels = [row["labels"] for row in batch]
