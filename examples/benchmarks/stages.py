@@ -184,7 +184,7 @@ STAGES: dict[str, list[Entry]] = {
         (["trec6_lora_alpha2", "r8_lora_alpha2"], ["lqa", *adamw("1e-3", "3e-2"), *PLAIN, *HEAD], SEEDS, {}),
         (["trec6_lora_alpha64", "r8_lora_alpha64"], ["lqa", *adamw("3e-4", "3e-3"), *PLAIN, *HEAD], SEEDS, {}),
         (["trec6_smollm2_lora", "r8_smollm2_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
-        (["trec6_smollm2_lora", "r8_smollm2_lora"], ["lqa", *adamw("1e-3", "3e-3"), *HEAD], SEEDS, {"max_steps": 300}),
+        (["trec6_smollm2_lora", "r8_smollm2_lora"], ["lqa", *adamw("3e-4", "3e-3"), *HEAD], SEEDS, {"max_steps": 300}),
     ],
     "kept": [
         (["election_lora"], ["lqa", *adamw("3e-4", "1e-2"), *PLAIN, *HEAD], SEEDS, {}),
