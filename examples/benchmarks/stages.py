@@ -97,7 +97,9 @@ STAGES: dict[str, list[Entry]] = {
             [f"lqa+{p}" for p in PARTS],
             SEEDS[:2],
             {},
-        )
+        ),
+        # Where the start cannot know the rate.
+        ([f"{data}_lora_alpha{alpha}" for data in ("trec6", "r8") for alpha in (2, 64)], ["lqa+gain=0"], SEEDS[:2], {}),
     ],
     "without_closure": [([*TEXTS, "trec6_lora"], ["lqa", "lqa_adamw"], SEEDS, {})],
     # AdamW at the rate that is best on the other seeds, and the next to best where it is near.
