@@ -58,7 +58,7 @@ class Probe:
     Attributes:
         fit: the parabola.
         radius: of the probe; NaN where there was none, as where the gradient is 0.
-        begun: `Displacement.prior` there; NaN after the first probe, and where it is not known.
+        begun: the step size that shapes give; NaN after the first probe, and where it is not known.
         by_loss: whether the radius is what the loss's value says, and neither searched for nor given.
         follows_step: whether the loss is no scale.
         bound: beyond which a loss that stays above 0 cannot have its minimum, see `max_step`; infinite where it is no
