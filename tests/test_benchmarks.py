@@ -440,6 +440,9 @@ def test_report(tmp_path):
     rows = [made_up("trec6", "lqa", seed, 0.2 + 0.01 * seed) for seed in (0, 1)]
     for rate, loss in (("1e-4", 0.5), ("3e-4", 0.25), ("1e-3", 0.8)):
         rows += [made_up("trec6", f"adamw@{rate}+warmup", seed, loss) for seed in (0, 1)]
+    # A little more than the best rate is no rate of the sweep, however well it does; more than another shows nothing.
+    rows += [made_up("trec6", "adamw@3.1e-4+warmup", seed, loss) for seed, loss in ((0, 0.1), (1, 0.375))]
+    rows += [made_up("trec6", "adamw@1.03e-3+warmup", 0, 0.1)]
     rows += [made_up("trec6", "prodigy", 0, 0.3), made_up("trec6", "salsa", 0, math.nan, metric=0.1)]
     rows += [made_up("trec6", "lqa+tau=0.1", seed, loss) for seed, loss in ((0, 0.3), (1, 0.21))]
     rows += [made_up("trec6", "lqa_paper", 0, 1.9)]
@@ -461,6 +464,9 @@ def test_report(tmp_path):
     assert "Rows of `lqa` are of the present rule" in text
     row = "| trec6 | 3 steps, batch 4, 8 tokens | 3e-04 | 0.2500 | 0.900 | 0.82 / 0.84, 0 of 2, +0.000 |"
     assert f"| encoder {row}" in text
+    near = "0.77 / 1.50, 1 of 2, +0.000 | 0.82 / 0.84, 0 of 2, +0.000 |"
+    assert f"| trec6: 3 steps, batch 4, 8 tokens | 0.00031 | {near}" in text and "1.03e-3" not in text
+    assert "| **all** | | 0.77 / 1.50, 50 %, +0.000 (1) | 0.82 / 0.84, 0 %, +0.000 (1) |" in text
     assert "| trec6: 3 steps, batch 4, 8 tokens, constant schedule | 3e-04 (not bracketed) |" in text
     assert "| `lqa` | 1.00 | 0.800 | 1 |" in text and "| `prodigy` | 3.00 | 1.200 | 3 |" in text
     assert "- `salsa`: 1 of 1 (trec6)" in text and "| `salsa` | diverged |" in text

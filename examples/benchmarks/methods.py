@@ -65,7 +65,17 @@ def adamw(first: str, last: str) -> list[str]:
 
 def swept(method: str) -> bool:
     """One of the rates of AdamW's sweep."""
-    return method.startswith("adamw@") and "constant" not in method
+    return method.startswith("adamw@") and "constant" not in method and not nudged(method)
+
+
+def nudged(method: str) -> bool:
+    """AdamW at a few percent more than a rate of the sweep: too little to matter, so the difference is chance."""
+    return method.startswith("adamw@") and any(above(rate_of(method), float(rate)) for rate in HALF_DECADES)
+
+
+def above(rate: float, other: float) -> bool:
+    """Whether a rate is up to 5 % more than another."""
+    return 1.0 < rate / other < 1.05
 
 
 def rate_of(method: str) -> float:

@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import tasks
-from methods import REFERENCES, alias, parse_method, rate_of, swept, without_rate
+from methods import REFERENCES, above, alias, nudged, parse_method, rate_of, swept, without_rate
 from results import EARLY, Run, mean
 from stages import PARTS
-from sweeps import Table, geometric_mean
-from yardstick import HEAD, METHODS, header, ratio, row
+from sweeps import Beside, Table, geometric_mean
+from yardstick import HEAD, METHODS, cell, header, ratio, row, summary_cell, together
 
 #: The paper's references run on its own tasks only.
 UNRANKED = ("bb",)
@@ -36,6 +36,25 @@ def with_error(values: Sequence[float], digits: int = 4) -> str:
 def other_settings(tables: Iterable[Table]) -> str:
     rows = [found for table in tables if table.varied and (found := row(table, table.title()))]
     return "\n".join([*header(["setting"], HEAD), *rows]) if rows else ""
+
+
+def chance(tables: Sequence[Table]) -> str:
+    """AdamW at a few percent more than its best rate, beside that rate, and `lqa` on the same seeds."""
+    rows: list[str] = []
+    everything: list[tuple[Beside, Beside]] = []
+    for table in tables:
+        best = table.best()
+        near = [m for m in table.methods if nudged(m) and best and above(rate_of(m), rate_of(best))]
+        for method in near if not table.varied else []:
+            pair = together(table, (method, "lqa"))
+            if (more := pair[method]) and (own := pair["lqa"]):
+                everything.append((more, own))
+                rows.append(f"| {table.title()} | {rate_of(method):.3g} | {cell(more)} | {cell(own)} |")
+    if not rows:
+        return ""
+    more, own = (summary_cell(found) for found in zip(*everything, strict=True))
+    rows.append(f"| **all** | | {more} | {own} |")
+    return "\n".join([*header(["setting", "rate", "AdamW at this rate", "`lqa`"], []), *rows])
 
 
 def _changed(table: Table, method: str) -> tuple[list[float], list[float]] | None:
@@ -189,7 +208,7 @@ def has_peers(table: Table) -> bool:
 def methods(table: Table) -> str:
     """All methods of one task but rates that are not the best, which the sweeps have, and changed options."""
     best = table.best()
-    names = [m for m in table.methods if m == best or not (swept(m) or m.startswith("lqa+"))]
+    names = [m for m in table.methods if m == best or not (swept(m) or nudged(m) or m.startswith("lqa+"))]
     return "\n".join([*header(["method"], COLUMNS), *(_method(table, m) for m in sorted(names, key=table.loss))])
 
 
