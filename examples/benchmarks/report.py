@@ -42,8 +42,8 @@ def report(runs: list[Run], folder: Path) -> str:
         if (folder / name).exists():
             parts.append(f"![{caption}]({name})\n\n{caption}.")
     about_chance = (
-        "AdamW at a rate some 3 % above the best of its sweep, with the same batches and seeds: what it is above or"
-        " below 1 is chance, and that the bar was chosen after its runs. No method can be better than that but by luck."
+        "AdamW at a rate some 3 % above the best of its sweep, with the same batches and seeds, over that best rate. It"
+        " would be 1 if single runs were no matter of chance, and the bar not chosen after its runs."
     )
     about_parts = (
         "Loss over that of `lqa` as it is, seed by seed: geometric mean over settings, and ± the standard error over"

@@ -182,7 +182,7 @@ STAGES: dict[str, list[Entry]] = {
     "headline": [
         (TEXTS, ["lqa", *adamw("1e-4", "3e-4"), *PLAIN, *HEAD], SEEDS, HEADLINE),
         (["trec6", "sms_spam", "r8"], adamw("3e-5", "3e-5"), SEEDS, HEADLINE),
-        (["banking77", "vader_tweets"], adamw("1e-3", "1e-3"), SEEDS, HEADLINE),
+        (["banking77", "vader_tweets"], adamw("1e-3", "3e-3"), SEEDS, HEADLINE),
         (DECODERS, ["lqa", *adamw("3e-5", "3e-4"), *PLAIN, *HEAD], SEEDS, {"max_steps": 300}),
         (["clinc150"], ["lqa", *adamw("3e-4", "3e-3"), *PLAIN, *HEAD], SEEDS, HEADLINE),
         (["stsb"], ["lqa", *adamw("3e-5", "3e-4"), *PLAIN, *HEAD], SEEDS, PAIRS),
