@@ -42,10 +42,9 @@ def chance(tables: Sequence[Table]) -> str:
     """AdamW at a few percent more than its best rate, beside that rate, and `lqa` on the same seeds."""
     rows: list[str] = []
     everything: list[tuple[Beside, Beside]] = []
-    for table in tables:
-        best = table.best()
-        near = [m for m in table.methods if nudged(m) and best and above(rate_of(m), rate_of(best))]
-        for method in near if not table.varied else []:
+    for table in (table for table in tables if not table.varied):
+        best = rate_of(table.best() or "")
+        for method in (m for m in table.methods if nudged(m) and above(rate_of(m), best)):
             pair = together(table, (method, "lqa"))
             if (more := pair[method]) and (own := pair["lqa"]):
                 everything.append((more, own))
